@@ -1,0 +1,925 @@
+"""GAIL on CartPole: learn to balance a pole from one demonstration, without ever seeing a reward.
+
+Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476,
+Algorithm 1) repeats:
+    1. roll out the policy and keep its (state, action) pairs,
+    2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
+    3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
+    4. take a step of policy gradient, PPO or REINFORCE, on that reward.
+
+    python gail_cartpole.py --total-steps 20000      a look around: a few seconds
+    python gail_cartpole.py                          the default run
+    python gail_cartpole.py --resume runs/FOLDER     go on where a run stopped
+
+Expect a return of 500. By itself it proves nothing: `--control constant-reward` learns nothing from
+the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 moves like the
+expert, 1 like a random policy. docs/gail_cartpole.md has the results.
+
+Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
+otherwise learns one demonstration by heart; (3) a choice of reward forms: the paper's step 4 is
+`--reward logd`, its authors' code `--reward gail`; (4) no bonus for the policy's entropy.
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[classic-control]>=1.1,<2",
+#     "matplotlib>=3.8",
+#     "moviepy>=2",
+#     "numpy>=1.26",
+#     "rich>=13",
+#     "stable-baselines3>=2.6",
+#     "tensorboard>=2.16",
+#     "torch==2.13.0",
+#     "tqdm>=4.66",
+# ]
+# ///
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import RecordVideo
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributions import Categorical
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5_000
+DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
+RECIPES = {  # what REINFORCE wants otherwise: few large steps, each on whole episodes
+    "ppo": {"total_steps": 100_000, "num_envs": 16, "num_steps": 64, "policy_lr": 3e-3},
+    "reinforce": {"total_steps": 500_000, "num_envs": 8, "num_steps": 500, "policy_lr": 1e-2},
+}
+FINAL_LR = 0.1  # the share of the learning rates that is left at the end of the default budget
+CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
+
+
+def add_settings(parser):
+    def recipes(help, name):
+        return f"{help} (default: {', '.join(f'{r[name]:,} with {k}' for k, r in RECIPES.items())})"
+
+    flag = parser.add_argument_group("expert").add_argument
+    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
+    flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
+    flag = parser.add_argument_group("policy").add_argument
+    flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
+    flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
+    flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
+    flag("--num-steps", type=number(int, 2), help=recipes("steps of each a rollout", "num_steps"))
+    flag("--policy-lr", type=number(float, 0), help=recipes("step size of Adam", "policy_lr"))
+    flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
+    flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="PPO only; 1: Monte Carlo")
+    flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
+    flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
+    flag = parser.add_argument_group("discriminator").add_argument
+    forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
+    flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
+    absorbing = "let D value the state after a fall; otherwise its value is 0"
+    flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
+    flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
+    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
+    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
+    flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def mlp(*sizes):
+    """Linear layers with tanh between them: (..., sizes[0]) -> (..., sizes[-1])."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Policy(nn.Module):
+    """CHANGE ME: a softmax policy; observations (..., 4) -> a distribution over two actions."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.settings = {"hidden": hidden}
+        self.network = mlp(4, hidden, hidden, 2)
+
+    def forward(self, observations):
+        return Categorical(logits=self.network(observations), validate_args=False)
+
+    @torch.no_grad()
+    def act(self, observations):
+        """The greedy actions, NumPy in and out: (batch, 4) -> (batch,)."""
+        device = self.network[0].weight.device
+        return self.network(torch.as_tensor(observations, device=device)).argmax(-1).cpu().numpy()
+
+
+class Discriminator(nn.Module):
+    """Logits of D, "this pair is the expert's": pairs (..., 7) -> (...)."""
+
+    def __init__(self, hidden, expert_pairs):
+        super().__init__()
+        self.network = mlp(7, hidden, hidden, 1)
+        observations = expert_pairs[:, :4]
+        self.register_buffer("mean", F.pad(observations.mean(0), (0, 3)))
+        self.register_buffer("std", F.pad(observations.std(0) + 1e-6, (0, 3), value=1.0))
+
+    def forward(self, pairs):
+        return self.network(self.standardise(pairs)).squeeze(-1)
+
+    def standardise(self, pairs):
+        return (pairs - self.mean) / self.std
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def make_pairs(observations, actions):
+    """(..., 4), (...) -> (..., 7): the observation, the action one-hot, 0 for "not absorbing"."""
+    one_hot = F.one_hot(actions, 2)
+    return torch.cat([observations, one_hot, torch.zeros_like(one_hot[..., :1])], -1)
+
+
+ABSORBING_PAIR = torch.eye(7)[-1:]  # nothing but the flag
+
+
+def add_absorbing_pairs(pairs, falls, gamma):
+    """One absorbing pair for each discounted step after a fall: (n, 7) -> (n + falls/(1-gamma), 7).
+
+    DEVIATION: DAC (Kostrikov et al. 2019) adds one a fall; this is its share of the occupancy."""
+    rows = round(float(falls) / (1 - gamma))
+    return torch.cat([pairs, ABSORBING_PAIR.to(pairs.device).expand(rows, -1)])
+
+
+def discriminator_loss(expert_logits, policy_logits):
+    """Binary cross-entropy, expert = 1 (eq. 17 with the labels exchanged): (batch,) twice -> ()."""
+    return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
+
+
+def gradient_penalty(discriminator, expert_pairs, policy_pairs):
+    """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
+
+    Absorbing pairs are exempt: near to the expert's they would be held close to its logit. -> ()"""
+    mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
+    between = mix * expert_pairs + (1 - mix) * policy_pairs
+    between = discriminator.standardise(between).requires_grad_()
+    logits = discriminator.network(between)
+    (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
+    real = between[:, -1].detach() == 0
+    return ((gradient.norm(dim=-1) - 1).square() * real).mean()
+
+
+def imitation_reward(logits, form):
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...)."""
+    if form == "gail":
+        return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
+    if form == "logd":
+        return F.logsigmoid(logits)  # log D, below 0: favours short ones
+    return logits  # log D - log(1 - D), of either sign (Fu et al. 2018)
+
+
+def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
+    """GAE (Schulman et al. 2016, eq. 16); all of them (num_steps, num_envs).
+
+    `next_values`: of the state that a step leads to, also where the episode is truncated there;
+    where it terminates, 0 or the absorbing state's."""
+    errors = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for step in reversed(range(len(rewards))):
+        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantages[step] = advantage
+    return advantages
+
+
+def ppo_loss(log_probs, old_log_probs, advantages, clip):
+    """Minus the clipped surrogate (Schulman et al. 2017, eq. 7): (batch,) each -> ()."""
+    ratio = (log_probs - old_log_probs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def reinforce_loss(log_probs, advantages):
+    """Its gradient is minus the policy gradient (Williams 1992, a baseline): (batch,) -> ()."""
+    return -(log_probs * advantages).mean()
+
+
+def behavioural_cloning_loss(policy, observations, actions):
+    """Minus the mean log-likelihood of the expert's actions: (batch, 4), (batch,) -> ()."""
+    return -policy(observations).log_prob(actions).mean()
+
+
+# --- environment and expert -----------------------------------------------------------------------
+
+
+def make_envs(env_id, num_envs):
+    """CHANGE ME: the task. This one resets an environment on the step AFTER an episode's last."""
+    envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+    return envs
+
+
+class CartPoles:
+    """CartPoles in mid-episode, and all that a checkpoint has to know of them."""
+
+    def __init__(self, env_id, num_envs):
+        self.envs, self.returns = make_envs(env_id, num_envs), np.zeros(num_envs)
+
+    def reset(self, seed=None):
+        self.observations, _ = self.envs.reset(seed=seed)
+
+    def step(self, actions):
+        """One transition of each, and whether it is one: the step that resets is not."""
+        observations, valid = self.observations, ~self.envs.prev_done
+        self.observations, rewards, terminated, truncated, _ = self.envs.step(actions)
+        self.returns = self.returns * valid + rewards
+        return observations, actions, self.observations, terminated, truncated, valid
+
+    def state_dict(self):
+        arrays = {k: torch.tensor(getattr(self.envs, k)) for k in ("state", "steps", "prev_done")}
+        rng = self.envs.np_random.bit_generator.state
+        return {**arrays, "returns": torch.tensor(self.returns), "rng": rng}
+
+    def load_state_dict(self, state):
+        self.returns = state["returns"].numpy()
+        self.envs.np_random.bit_generator.state = state["rng"]
+        for name in ("state", "steps", "prev_done"):
+            setattr(self.envs, name, state[name].numpy())
+        self.observations = self.envs.state.T.astype(np.float32)
+
+
+@torch.no_grad()
+def rollout(cartpoles, policy, num_steps, device):
+    """`num_steps` transitions of each environment: a dict of (num_steps, num_envs, ...)."""
+    frames, returns = [], []
+    for _ in range(num_steps):
+        observations = torch.as_tensor(cartpoles.observations, device=device)
+        frame = cartpoles.step(policy(observations).sample().cpu().numpy())
+        frames.append(frame)
+        returns += cartpoles.returns[frame[3] | frame[4]].tolist()
+    names = ("observations", "actions", "next_observations", "terminated", "truncated", "valid")
+    columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
+    return dict(zip(names, columns)), returns
+
+
+def make_expert(args):
+    """Train stable-baselines3's PPO or DQN with its zoo's settings; returns the greedy policy."""
+    from stable_baselines3 import DQN, PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    common = {"seed": 0, "device": "cpu", "verbose": 0}
+    if args.expert == "ppo":
+        settings = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98}
+        settings |= {"learning_rate": lambda left: 1e-3 * left, "gae_lambda": 0.8}
+        settings |= {"clip_range": lambda left: 0.2 * left}
+        expert = PPO("MlpPolicy", make_vec_env(args.env_id, 8, seed=0), **settings, **common)
+        steps = 100_000
+    else:
+        settings = {"learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000}
+        settings |= {"learning_starts": 1_000, "target_update_interval": 10, "train_freq": 256}
+        settings |= {"gradient_steps": 128, "exploration_fraction": 0.16}
+        settings |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}}
+        expert = DQN("MlpPolicy", args.env_id, **settings, **common)
+        steps = 50_000
+    expert.learn(steps, progress_bar=sys.stderr.isatty() and not args.no_progress)
+    return lambda observations: expert.predict(observations, deterministic=True)[0]
+
+
+# --- the algorithm --------------------------------------------------------------------------------
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
+    """Step 2: --discriminator-updates steps on minibatches of both; returns what to log."""
+    total = 0.0
+    for _ in range(args.discriminator_updates):
+        size = (args.discriminator_batch,)
+        expert = expert_pairs[torch.randint(len(expert_pairs), size)]  # (batch, 7)
+        learner = policy_pairs[torch.randint(len(policy_pairs), size)]  # (batch, 7)
+        loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
+        penalty = gradient_penalty(discriminator, expert, learner)
+        descend(optimizer, loss + args.gradient_penalty * penalty)
+        total += loss.detach()
+    return {"losses/discriminator": float(total) / max(args.discriminator_updates, 1)}
+
+
+def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
+    """Step 4: REINFORCE steps once, PPO with every minibatch; the critic always does."""
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    with torch.no_grad():
+        old_log_probs = policy(observations).log_prob(actions)
+    if args.policy_gradient == "reinforce":
+        policy_loss = reinforce_loss(policy(observations).log_prob(actions), advantages)
+        descend(optimizer, policy_loss)
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(actions)).split(args.minibatch_size):
+            value_loss = F.mse_loss(critic(observations[rows]).squeeze(-1), returns[rows])
+            loss = value_loss
+            if args.policy_gradient == "ppo":
+                log_probs = policy(observations[rows]).log_prob(actions[rows])
+                policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
+                loss = loss + policy_loss
+            descend(optimizer, loss)
+    with torch.no_grad():
+        distribution = policy(observations)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+    return {
+        "losses/policy": float(policy_loss.detach()),
+        "losses/value": float(value_loss.detach()),
+        "losses/entropy": float(distribution.entropy().mean()),
+        "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
+    }
+
+
+def diagnose(scalars):
+    """What a person should know of the discriminator, from the last of the logged scalars."""
+    if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
+        return "the reward is nearly constant: the policy learns from surviving"
+    if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
+        return "the discriminator is saturated: it tells all pairs apart"
+    return ""
+
+
+def train(args):
+    """Run the algorithm; returns what summary.json holds."""
+    for name, value in RECIPES[args.policy_gradient].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    run, reinforce = Run(args), args.policy_gradient == "reinforce"
+    observations, actions = tensors(run.demos, args.device)
+    policy = Policy(args.hidden).to(args.device)
+    critic = mlp(4, args.hidden, args.hidden, 1).to(args.device)
+    shuffled = args.control == "shuffled-expert"
+    rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
+    expert_pairs = make_pairs(observations, actions[rows])  # (pairs, 7)
+    discriminator = Discriminator(args.hidden, expert_pairs).to(args.device)
+    absorbing = args.absorbing and args.control != "constant-reward"
+    if absorbing:
+        falls = sum(episode["terminated"] for episode in run.demos)
+        expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
+    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    discriminator_optimizer = torch.optim.Adam(
+        discriminator.parameters(), args.discriminator_lr, fused=True
+    )
+    cartpoles = CartPoles(args.env_id, args.num_envs)
+    cartpoles.reset(args.seed)
+    optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+    networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
+    run.start(**networks, **optimizers, cartpoles=cartpoles)
+    if run.count["env_steps"] == 0:
+        for _ in range(args.bc_updates):
+            rows = torch.randint(len(actions), (64,))
+            descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+    schedule = RECIPES[args.policy_gradient]["total_steps"]
+
+    while not run.finished:
+        left = max(1 - run.count["env_steps"] / schedule, FINAL_LR)
+        for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
+            group["lr"] = learning_rate * left
+
+        if reinforce:
+            cartpoles.reset()
+        batch, returns = rollout(cartpoles, policy, args.num_steps, args.device)
+        run.count["env_steps"] += int(batch["valid"].sum())
+        run.count["updates"] += 1
+        valid = batch["valid"]
+
+        pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 7)
+        policy_pairs = pairs[valid]
+        if absorbing:
+            falls = batch["terminated"].sum()
+            policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
+        losses = {}
+        if args.control not in ("constant-reward", "frozen-discriminator"):
+            losses = update_discriminator(
+                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, args
+            )
+
+        with torch.no_grad():
+            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            rewards = imitation_reward(logits, args.reward)
+            absorbing_value = torch.zeros((), device=args.device)
+            if absorbing:
+                logit = discriminator(ABSORBING_PAIR.to(args.device))
+                absorbing_value = imitation_reward(logit, args.reward) / (1 - args.gamma)
+            if args.control == "constant-reward":
+                rewards = torch.ones_like(rewards)
+            values = critic(batch["observations"]).squeeze(-1)  # (num_steps, num_envs)
+            next_values = critic(batch["next_observations"]).squeeze(-1)
+            next_values = torch.where(batch["terminated"], absorbing_value, next_values)
+            done = batch["terminated"] | batch["truncated"]
+            gae_lambda = 1.0 if reinforce else args.gae_lambda
+            advantages = generalized_advantages(
+                rewards, values, next_values, done, args.gamma, gae_lambda
+            )
+        columns = (batch["observations"], batch["actions"], advantages, advantages + values)
+        losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
+
+        scalars = {
+            **losses,
+            "discriminator/accuracy_expert": float((expert_logits > 0).float().mean()),
+            "discriminator/accuracy_policy": float((logits[valid] < 0).float().mean()),
+            "discriminator/reward_mean": float(rewards[valid].mean()),
+            "discriminator/reward_std": float(rewards[valid].std()),
+        }
+        if returns:  # CartPole's return is its length
+            scalars["charts/episodic_return"] = scalars["charts/episodic_length"] = np.mean(returns)
+        run.record(scalars, policy)
+    return run.finish(policy, diagnose(run.curve[-1]))
+
+
+# ==================================================================================================
+# The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
+# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
+# BUDGET, EVAL_EVERY, DEMOS, add_settings, Policy, make_envs, make_expert and train.
+# ==================================================================================================
+
+SCRIPT = Path(__file__).stem
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+
+
+class BadInput(Exception):
+    """Something that a person can mend: one line on stderr, exit status 2."""
+
+
+class Failed(Exception):
+    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float of [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
+    add_settings(parser)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag(
+        "--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new expert's)"
+    )
+    flag("--num-demos", type=number(int, 1), default=1, help="how many expert episodes are used")
+    flag(
+        "--num-pairs", type=number(int, 1), help="keep so many random pairs of each (default: all)"
+    )
+    flag(
+        "--record-demos", metavar="FILE", help="train an expert, write its episodes there and stop"
+    )
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
+    flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
+    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
+    flag("--render", action="store_true", help="at the end, three episodes in a window")
+    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
+    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
+        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
+        script = saved.pop("script", None)
+        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)  # a flag beside --resume wins: a longer budget, a video
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    return args
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def read(path, reader):
+    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    try:
+        return reader(Path(path))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def write(path, writer):
+    """Let `writer(file)` write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def read_demos(path, env_id):
+    """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
+    members = zipfile.ZipFile(path).infolist()
+    check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
+    check(
+        needed <= arrays.keys(), f"no {sorted(needed - arrays.keys())}, expected {sorted(needed)}"
+    )
+    recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
+    check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
+    env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
+    expected = {
+        "observations": (np.float32, (size, *env.observation_space.shape)),
+        "actions": (env.action_space.dtype, (size, *env.action_space.shape)),
+        "episode_starts": (bool, (size,)),
+        "terminated": (bool, (np.count_nonzero(starts),)),
+        "rewards": (np.float32, (size,)),
+    }
+    for name in expected.keys() & arrays.keys():
+        found, (dtype, shape) = arrays[name], expected[name]
+        message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
+        check(found.dtype == dtype and found.shape == shape, message)
+        check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
+    check(size and starts[0], "no episode that starts in the first row, expected one")
+    valid = batch_space(env.action_space, size).contains(arrays["actions"])
+    check(valid, f"actions out of range, expected {env.action_space}")
+    cuts = np.flatnonzero(starts)[1:]
+    parts = [np.split(arrays[name], cuts) for name in ("observations", "actions")]
+    no_rewards = [None] * (len(cuts) + 1)
+    parts.append(np.split(arrays["rewards"], cuts) if "rewards" in arrays else no_rewards)
+    names = ("observations", "actions", "rewards", "terminated")
+    return [dict(zip(names, episode)) for episode in zip(*parts, arrays["terminated"])]
+
+
+def record_demos(path, args):
+    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    check(not path.exists(), f"{path}: exists already, expected a new file")
+    print(f"{SCRIPT}.py: making an expert for {path}", file=sys.stderr)
+    episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
+    score = statistics(episodes)
+    if score[METRIC] < TASKS[args.env_id]:
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+    kept = episodes[:RECORDED]
+    names = ("observations", "actions", "rewards")
+    arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
+    arrays["rewards"] = arrays["rewards"].astype(np.float32)
+    arrays["terminated"] = np.array([episode["terminated"] for episode in kept])
+    arrays["episode_starts"] = np.concatenate([np.arange(len(e["rewards"])) == 0 for e in kept])
+    about = {"env_id": args.env_id, "expert": DEMOS.format(**vars(args)), "score": score}
+    arrays["metadata"] = json.dumps({**about, "versions": versions()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_demos(args):
+    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    name = DEMOS.format(**vars(args))
+    shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
+    path = Path(args.demos or (shipped if shipped.exists() else made))
+    if not args.demos and not path.exists():
+        record_demos(path, args)
+    episodes = read(path, lambda path: read_demos(path, args.env_id))
+    many = args.num_demos
+    check(many <= len(episodes), f"--num-demos {many}: {path} holds {len(episodes)}")
+    cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
+    rng = np.random.default_rng(args.seed)
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
+    for episode in chosen if args.num_pairs else []:
+        length = len(episode["actions"])
+        check(args.num_pairs <= length, f"--num-pairs {args.num_pairs}: an episode has {length}")
+        rows = rng.choice(length, args.num_pairs, replace=False)
+        episode.update({k: episode[k][rows] for k in ("observations", "actions")})
+    return chosen, episodes[:cut], episodes[cut:]
+
+
+def play(act, env_id, episodes, seed):
+    """The first episode of each of many environments, so that short ones are not preferred.
+
+    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    envs = make_envs(env_id, episodes)
+    envs.action_space.seed(seed)
+    observations, _ = envs.reset(seed=seed)
+    running, frames = np.ones(episodes, bool), []
+    while running.any():
+        actions = act(observations) if act else envs.action_space.sample()
+        frame = (running.copy(), observations, actions)
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        frames.append((*frame, rewards, terminated, info.get("is_success", terminated)))
+        running &= ~(terminated | truncated)
+    envs.close()
+    running, *columns = (np.stack(column, 1) for column in zip(*frames))
+    names = ("observations", "actions", "rewards", "terminated", "is_success")
+    played = [dict(zip(names, (c[i, running[i]] for c in columns))) for i in range(episodes)]
+    return [{**e, **{name: bool(e[name][-1]) for name in names[3:]}} for e in played]
+
+
+def statistics(episodes):
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
+    if METRIC == "success_rate":
+        result["success_rate"] = float(np.mean([episode["is_success"] for episode in episodes]))
+    return result
+
+
+def squared_energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def occupancy_distances(env_id, held_out, samples):
+    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    space = gym.make(env_id).action_space
+
+    def pairs(episodes):
+        observations, actions = tensors(episodes)
+        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        if isinstance(space, gym.spaces.Discrete):
+            actions = torch.eye(int(space.n))[actions]
+        return torch.cat([observations[rows], actions[rows]], -1).double()
+
+    expert = pairs(held_out)
+    mean, std = expert.mean(0), expert.std(0)
+    std = std.where(std > 0, 1.0)
+    distances = {
+        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
+        for name, episodes in samples.items()
+    }
+    return {name: distance / distances["random"] for name, distance in distances.items()}
+
+
+def tensors(episodes, device="cpu"):
+    """The observations and the actions of all episodes: (pairs, ...) both."""
+    names = ("observations", "actions")
+    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
+    return [torch.as_tensor(array, device=device) for array in arrays]
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+    }
+
+
+class Run:
+    """One run: its demonstrations, folder, log, curve, checkpoints and result."""
+
+    latest = None  # for the command that resumes it
+
+    def __init__(self, args):
+        began = time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.args, self.curve, self.seconds = args, [], 0.0
+        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
+        self.demos, self.others, self.held_out = load_demos(args)
+        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        if not args.resume:
+            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        torch.manual_seed(args.seed)
+        self.setup_seconds = time.perf_counter() - began
+
+    def start(self, **parts):
+        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        self.parts, args = parts, self.args
+        if args.resume:
+            read(self.folder / "checkpoint.pt", self.load)
+        else:
+            self.save()
+        Run.latest = self
+        now = self.count[CLOCK]
+        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
+        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+
+    def save(self):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
+        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        if self.args.device == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self, path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.__dict__.update(state["run"])
+        torch.set_rng_state(state["rng"])
+        if self.args.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    @property
+    def finished(self):
+        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+
+    def record(self, scalars, policy):
+        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        now, every = self.count[CLOCK], self.args.eval_every
+        self.seconds = time.perf_counter() - self.clock
+        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+            if tag.startswith("losses/") and not math.isfinite(value):
+                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+            self.log.add_scalar(tag, value, now)
+        due = self.finished or now // every > self.count["evaluated"] // every
+        if due:
+            result = self.evaluate(policy, 0)
+            self.count["evaluated"] = now
+            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
+            for name in ("return_mean", "return_std", "success_rate"):
+                if name in result:
+                    self.log.add_scalar(f"eval/{name}", result[name], now)
+            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
+        if due or time.perf_counter() - self.saved > 10:
+            self.save()
+            self.saved = time.perf_counter()
+        self.bar.update(now - self.bar.n)
+        self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
+
+    def evaluate(self, policy, offset):
+        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
+        self.played = play(policy.act, self.args.env_id, self.args.eval_episodes, seed)
+        return statistics(self.played)
+
+    def finish(self, policy, diagnosis=""):
+        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        args, folder, env_id = self.args, self.folder, self.args.env_id
+        self.bar.close()
+        self.log.close()
+        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
+        saved["weights"] = policy.state_dict()
+        write(folder / "policy.pt", lambda file: torch.save(saved, file))
+        learner = self.evaluate(policy, 500)
+        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
+        samples |= {"expert": self.others, "learner": self.played}
+        known = all(episode["rewards"] is not None for episode in self.others)
+        results = {"random": statistics(samples["random"]), "learner": learner}
+        results["expert"] = statistics(self.others + self.held_out) if known else None
+        distances = dict.fromkeys(results)
+        if self.held_out:
+            distances = occupancy_distances(env_id, self.held_out, samples)
+        for name, result in results.items():
+            if result:
+                result["occupancy_distance"] = distances[name]
+        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
+        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        if solved:
+            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
+        pairs = tensors(self.demos)
+        demos = {"episodes": len(self.demos), "pairs": len(pairs[1])}
+        demos["sha256"] = sha256(b"".join(x.numpy().tobytes() for x in pairs)).hexdigest()
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
+        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
+        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary |= {"demos": demos, "curve": self.curve}
+        summary["solved_at_env_steps"] = solved.get("env_steps")
+        summary["solved_at_seconds"] = solved.get("wall_seconds")
+        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        write_json(folder / "summary.json", summary)
+        draw(summary, folder / "learning_curve.png")
+        show(policy, args, folder)
+        for name in ("random", "expert", "learner"):
+            print(f"{name:8}{describe(results[name])}")
+        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        return summary
+
+
+def describe(result):
+    if result is None:
+        return "unknown: the demonstrations hold no rewards"
+    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
+    if "success_rate" in result:
+        text += f", success {result['success_rate']:.0%}"
+    distance = result.get("occupancy_distance")
+    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random as lines."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes, curve = figure.subplots(), summary["curve"]
+    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
+    axes.plot(x, y, "o-", markersize=3, label="learner")
+    for name, style in (("expert", "--"), ("random", ":")):
+        if summary[name]:
+            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
+    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
+    axes.legend()
+    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def show(policy, args, folder):
+    """Three episodes as MP4 files, or in a window, or both."""
+    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
+        env = gym.make(args.env_id, render_mode=mode)
+        if mode == "rgb_array":
+            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
+        for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+            (observation, _), over = env.reset(seed=seed), False
+            while not over:
+                action = policy.act(observation[None])[0]
+                observation, _, terminated, truncated, _ = env.step(action)
+                over = terminated or truncated
+        env.close()
+
+
+def evaluate_file(args):
+    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
+
+    def load(path):
+        saved = torch.load(path, weights_only=True, map_location=args.device)
+        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        policy = Policy(**saved["network"]).to(args.device)
+        policy.load_state_dict(saved["weights"])
+        return saved["env_id"], policy
+
+    args.env_id, policy = read(args.evaluate, load)
+    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
+    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
+    write_json(folder / "evaluation.json", result)
+    show(policy, args, folder)
+    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        if args.record_demos:
+            record_demos(Path(args.record_demos), args)
+        elif args.evaluate:
+            evaluate_file(args)
+        else:
+            train(args)
+        return 0
+    except (BadInput, Failed, OSError) as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Copy what the scripts have in common from one of them to the others.
+
+    python tests/sync.py gail_cartpole.py     the harness, and every function or class of that name
+    python tests/sync.py                      only say what differs (exit status 1 if anything does)
+
+The harness is all below its banner. Above it, a top-level function or class that bears the
+same name in two scripts must be the same text; `train`, `add_settings` and `diagnose` are each
+own.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [
+    name
+    for name in (
+        "bc_cartpole.py",
+        "gail_cartpole.py",
+        "gail_offline_cartpole.py",
+        "gail_racecar_ppo.py",
+        "gail_racecar_reinforce.py",
+        "aggrevated_bipedal.py",
+    )
+    if (ROOT / name).exists()
+]
+BANNER = "# The harness: "
+OWN = {"train", "add_settings", "diagnose"}
+
+
+def split(text):
+    """A script's text above the harness, and the harness with its banner."""
+    above = text.index(BANNER)
+    start = text.rindex("# ====", 0, above)
+    return text[:start], text[start:]
+
+
+def definitions(text):
+    """The source of each top-level function and class, by name."""
+    lines = text.splitlines(keepends=True)
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return {n.name: "".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes}
+
+
+def differences(texts):
+    """A line for each thing that should be the same in two scripts and is not."""
+    found, first = [], {}
+    for script, text in texts.items():
+        above, harness = split(text)
+        for name, source in {"the harness": harness, **definitions(above)}.items():
+            other, expected = first.setdefault(name, (script, source))
+            if name not in OWN and source != expected:
+                pairs = enumerate(zip(source.splitlines(), expected.splitlines()), 1)
+                line = next((i for i, (a, b) in pairs if a != b), "the last")
+                found.append(f"{name} differs in {other} and {script}, from its line {line} on")
+    return found
+
+
+def copy_from(model, text):
+    """`text` with the harness and the same-named definitions of the script `model`."""
+    (source, harness), (above, _) = split(model), split(text)
+    ours, theirs = definitions(above), definitions(source)
+    for name in ours.keys() & theirs.keys() - OWN:
+        above = above.replace(ours[name], theirs[name])
+    return above + harness
+
+
+def main():
+    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
+    if len(sys.argv) > 1:
+        model = texts[sys.argv[1]]
+        texts = {name: copy_from(model, text) for name, text in texts.items()}
+        for name, text in texts.items():
+            (ROOT / name).write_text(text)
+    found = differences(texts)
+    print("\n".join(found) or "the scripts agree")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
