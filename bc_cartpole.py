@@ -3,7 +3,7 @@
 The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/neco.1991.3.1.88):
     repeat  draw a minibatch of the expert's (state, action) pairs
             take a step on -log pi(action | state)
-No environment is stepped. What to do where the expert never was, nobody taught the policy: its errors
+No environment is stepped. What to do where the expert never was, nobody taught it: its errors
 carry it there, and there it errs more (Ross & Bagnell 2010). So the accuracy on held-out pairs, all
 from where the expert was, hardly tells how long it will balance.
 
@@ -158,7 +158,7 @@ def train(args):
     """Run the algorithm; returns what summary.json holds."""
     run = Run(args)
     observations, actions = tensors(run.demos, args.device)
-    held_out = tensors(run.held_out or run.demos, args.device)
+    held_out = tensors(run.held_out, args.device) if run.held_out else None
     policy = Policy(args.hidden).to(args.device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     run.start(policy=policy, optimizer=optimizer)
@@ -169,14 +169,13 @@ def train(args):
             loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
             descend(optimizer, loss)
             run.count["updates"] += 1
-        run.record(
-            {
-                "losses/policy": float(loss.detach()),
-                "accuracy/demonstrations": accuracy(policy, observations, actions),
-                "accuracy/held_out": accuracy(policy, *held_out),
-            },
-            policy,
-        )
+        scalars = {
+            "losses/policy": float(loss.detach()),
+            "accuracy/demonstrations": accuracy(policy, observations, actions),
+        }
+        if held_out:
+            scalars["accuracy/held_out"] = accuracy(policy, *held_out)
+        run.record(scalars, policy)
     return run.finish(policy)
 
 

@@ -3,8 +3,8 @@
     python benchmark/run.py gail_cartpole                 all seeds, all variants
     python benchmark/run.py bc_cartpole --jobs 1          one at a time, for timings
 
-Each run is the script's own command line in a process of its own, with one thread; its summary.json
-goes into benchmark/results/NAME.json, with the command that made it. Finished runs are not repeated:
+Each run is the script's own command line, in a process of its own with one thread; its summary goes
+into benchmark/results/NAME.json, with the command that made it. Finished runs are not repeated:
 a run that was cut off goes on from its checkpoint when the same command is given again.
 """
 
@@ -50,6 +50,8 @@ def execute(run, out):
             raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
     summary = json.loads((folder / "summary.json").read_text())
     del summary["args"]["out"], summary["args"]["run_name"], summary["args"]["resume"]
+    kept = ("env_steps", "updates", "wall_seconds", "return_mean", "accuracy/held_out")
+    summary["curve"] = [{k: p[k] for k in kept if k in p} for p in summary["curve"]]
     command = shlex.join(["python", *run["command"]])
     return {"variant": run["variant"], "seed": run["seed"], "command": command, **summary}
 

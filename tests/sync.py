@@ -40,7 +40,8 @@ def definitions(text):
     """The source of each top-level function and class, by name."""
     lines = text.splitlines(keepends=True)
     nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    return {n.name: "".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes}
+    first = {n: min(x.lineno for x in (n, *n.decorator_list)) - 1 for n in nodes}
+    return {n.name: "".join(lines[first[n] : n.end_lineno]) for n in nodes}
 
 
 def differences(texts):

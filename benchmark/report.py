@@ -1,0 +1,213 @@
+"""Put the results into the pages: tables of README.md and docs/*.md, figures into docs/figures.
+
+    python benchmark/report.py            write them
+    python benchmark/report.py --check    only name the pages that differ from the results
+
+A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
+between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run.
+peers_cartpole.json holds rows instead of runs: other libraries on the same demonstrations.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, FIGURES = ROOT / "benchmark" / "results", ROOT / "docs" / "figures"
+BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def interquartile_mean(values):
+    """The mean without a quarter of the seeds at either end: (..., seeds) -> (...)."""
+    cut = values.shape[-1] // 4
+    return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def bootstrap_interval(values):
+    """The 95 % interval of the interquartile mean, from 10,000 resamples: (seeds,) -> low, high."""
+    rows = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    return np.percentile(interquartile_mean(values[rows]), [2.5, 97.5])
+
+
+def median(values, form=",.0f"):
+    """The median over all seeds; None, a seed that never got there, counts as infinity."""
+    middle = np.median([math.inf if value is None else value for value in values])
+    return "never" if math.isinf(middle) else format(middle, form)
+
+
+def groups(rows, *names):
+    """The rows of each combination of these keys, in the file's order."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
+    return found
+
+
+def clock(run):
+    """What a run counts in."""
+    return "env_steps" if run["env_steps"] else "updates"
+
+
+def variant_line(runs):
+    """One variant's line of a table: {heading: text}."""
+    returns = np.array([run["learner"]["return_mean"] for run in runs])
+    low, high = bootstrap_interval(returns)
+    solved, steps = [run["solved_at_seconds"] for run in runs], []
+    for run in runs:
+        at = [p for p in run["curve"] if p["wall_seconds"] == run["solved_at_seconds"]]
+        steps.append(at[0][clock(run)] if at else None)
+    line = {
+        "variant": runs[0]["variant"],
+        "return: IQM [95 %]": f"{interquartile_mean(returns):.1f} [{low:.1f}, {high:.1f}]",
+        "mean ± std": f"{returns.mean():.1f} ± {returns.std():.1f}",
+        "every seed": ", ".join(f"{value:.4g}" for value in returns),
+        "seeds solved": f"{len(runs) - solved.count(None)} of {len(runs)}",
+        f"{clock(runs[0])} to solved": median(steps),
+        "seconds to solved": median(solved, ".1f"),
+        "training, s": median([run["wall_seconds"] for run in runs], ".1f"),
+    }
+    distances = [run["learner"]["occupancy_distance"] for run in runs]
+    floors = [run["expert"]["occupancy_distance"] for run in runs if run["expert"]]
+    if None not in distances + floors:
+        floor = f" ({np.mean(floors):.3f})" if floors else ""
+        line["occupancy distance (expert's own)"] = f"{np.mean(distances):.3f}{floor}"
+    if "accuracy/held_out" in runs[0]["curve"][-1]:
+        accuracies = [run["curve"][-1]["accuracy/held_out"] for run in runs]
+        line["held-out accuracy"] = f"{np.mean(accuracies):.3f}"
+    return line
+
+
+def peer_line(rows):
+    """One line of the peers' table: medians over the seeds."""
+
+    def column(name):
+        return [row.get(name) for row in rows]
+
+    return {
+        **{name: rows[0].get(name, "") for name in ("library", "algorithm", "variant")},
+        "return": median(column("return_mean"), ".1f"),
+        "steps": median([steps or 0 for steps in column("env_steps")]),
+        "training, s": median(column("seconds"), ".1f"),
+        "seeds solved": f"{len(rows) - column('solved_at_seconds').count(None)} of {len(rows)}",
+        "steps to solved": median(column("solved_at_env_steps")),
+        "seconds to solved": median(column("solved_at_seconds"), ".1f"),
+    }
+
+
+@cache
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(name, folder):
+    """The Markdown of an experiment's table, and below it what made it."""
+    result = load(name)
+    if "rows" in result:
+        parts = groups(result["rows"], "library", "algorithm", "variant").values()
+        lines = [peer_line(rows) for rows in parts]
+    else:
+        lines = [variant_line(runs) for runs in groups(result["runs"], "variant").values()]
+    headings = list(dict.fromkeys(heading for line in lines for heading in line))
+    cells = [headings, ["---"] * len(headings)]
+    cells += [[line.get(heading, "") for heading in headings] for line in lines]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    where = f", on {result['machine']}" if "machine" in result else ""
+    return f"{text}\nMade by `{result['command']}`{where}; all runs: [{name}.json]({folder}).\n"
+
+
+def fill(page):
+    """The text of a page with its blocks made anew."""
+
+    def block(match):
+        opening, kind, name, end = match.groups()
+        source, figure = (
+            os.path.relpath(path, page.parent)
+            for path in (RESULTS / f"{name}.json", FIGURES / f"{name}.png")
+        )
+        text = f"![{name}: return, every seed thin, their IQM thick]({figure})\n"
+        if not (RESULTS / f"{name}.json").exists():
+            text = "not measured yet\n"
+        elif kind == "table":
+            text = table(name, source)
+        return opening + text + end
+
+    return BLOCK.sub(block, page.read_text())
+
+
+def draw_curves(axes, runs):
+    """Learning curves: every seed thin, their interquartile mean thick."""
+    unit = clock(runs[0])
+    curves = [([p[unit] for p in r["curve"]], [p["return_mean"] for p in r["curve"]]) for r in runs]
+    for curve in curves:
+        axes.plot(*curve, color="tab:blue", linewidth=0.7, alpha=0.5)
+    x = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
+    middle = interquartile_mean(np.stack([np.interp(x, *curve) for curve in curves], -1))
+    axes.plot(x, middle, color="tab:blue", linewidth=2.2)
+    axes.set(title=runs[0]["variant"], xlabel=unit)
+
+
+def draw_sweep(axes, variants):
+    """The last return against the number of demonstrations, a point a seed."""
+    returns = [np.array([run["learner"]["return_mean"] for run in runs]) for runs in variants]
+    for x, y in enumerate(returns):
+        axes.plot([x] * len(y), y, "o", color="tab:blue", alpha=0.4)
+    axes.plot([interquartile_mean(y) for y in returns], color="tab:blue", linewidth=2.2)
+    axes.set_xticks(range(len(variants)), [runs[0]["variant"] for runs in variants])
+    axes.set(title="at the end", xlabel="demonstrations")
+
+
+def draw(name):
+    """A panel for each variant; before them, where the variants count demonstrations, the sweep."""
+    runs = load(name)["runs"]
+    variants = list(groups(runs, "variant").values())
+    sweep = all(runs[0]["variant"][0].isdigit() for runs in variants)
+    panels = len(variants) + sweep
+    columns, rows = min(panels, 3), math.ceil(panels / 3)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[:panels]:
+        for who, style in (("expert", "--"), ("random", ":")):
+            known = [run[who]["return_mean"] for run in runs if run[who]]
+            if known:
+                axes.axhline(np.mean(known), color="gray", linestyle=style, label=who)
+    for axes in grid.flat[panels:]:
+        axes.remove()
+    if sweep:
+        draw_sweep(grid[0, 0], variants)
+    for axes, variant in zip(grid.flat[sweep:], variants):
+        draw_curves(axes, variant)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("return")
+    grid[0, 0].legend(loc="center right")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+
+
+def main():
+    """Returns the exit status: with --check 1 where a page differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
+    check = parser.parse_args().check
+    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    pages = [page for page in pages if page.exists()]
+    stale = [page for page in pages if fill(page) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'differs from the results' if check else 'written'}")
+        if not check:
+            page.write_text(fill(page))
+    for path in [] if check else sorted(RESULTS.glob("*.json")):
+        if "runs" in load(path.stem):
+            draw(path.stem)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

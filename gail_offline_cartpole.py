@@ -1,0 +1,680 @@
+"""Offline GAIL on CartPole: policy against discriminator, on the states of the expert alone.
+
+GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. Each update draws
+a minibatch of the expert's states and lets both players move on it:
+    1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
+    2. the policy raises the expectation of log D - log(1 - D) over its actions.
+With only two actions the expectations are exact: no action is sampled, no reward normalised.
+
+    python gail_offline_cartpole.py --updates 500           a look around: a second of training
+    python gail_offline_cartpole.py --num-demos 4           the default budget, four demonstrations
+    python gail_offline_cartpole.py --resume runs/FOLDER    go on where a run stopped
+
+This is cloning in adversarial clothes: states come from the expert, so nothing is learnt of those
+where the policy errs. docs/gail_offline_cartpole.md compares it with bc_cartpole.py.
+
+DEVIATION: D subtracts log pi(a|s) from its network's output (Fu et al. 2018, AIRL, section 5), so
+that the network's target, log pi_expert, stands still while the policy moves. Without that the two
+chase each other, and more updates make it worse.
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[classic-control]>=1.1,<2",
+#     "matplotlib>=3.8",
+#     "moviepy>=2",
+#     "numpy>=1.26",
+#     "rich>=13",
+#     "stable-baselines3>=2.6",
+#     "tensorboard>=2.16",
+#     "torch==2.13.0",
+#     "tqdm>=4.66",
+# ]
+# ///
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import RecordVideo
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributions import Categorical
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
+DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
+SCHEDULE, FINAL_LR = 2_000, 0.05  # the step sizes fall over so many updates, to this share
+LOG_EVERY = 100  # updates
+
+
+def add_settings(parser):
+    flag = parser.add_argument_group("algorithm").add_argument
+    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
+    flag("--updates", type=number(int, 1), default=SCHEDULE, help="of both players")
+    flag("--batch-size", type=number(int, 1), default=64, help="expert states an update")
+    flag("--policy-lr", type=number(float, 0), default=3e-3, help="step size of Adam")
+    flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
+    flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
+
+
+# --- networks and mathematics ---------------------------------------------------------------------
+
+
+def mlp(*sizes):
+    """Linear layers with tanh between them: (..., sizes[0]) -> (..., sizes[-1])."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Policy(nn.Module):
+    """CHANGE ME: a softmax policy; observations (..., 4) -> a distribution over two actions."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.settings = {"hidden": hidden}
+        self.network = mlp(4, hidden, hidden, 2)
+
+    def forward(self, observations):
+        return Categorical(logits=self.network(observations), validate_args=False)
+
+    @torch.no_grad()
+    def act(self, observations):
+        """The greedy actions, NumPy in and out: (batch, 4) -> (batch,)."""
+        device = self.network[0].weight.device
+        return self.network(torch.as_tensor(observations, device=device)).argmax(-1).cpu().numpy()
+
+
+def discriminator_logits(network, observations, log_probs):
+    """Logits of D(s, a) for all actions, f(s, a) - log pi(a|s) (Fu et al. 2018): (batch, 2)."""
+    return network(observations) - log_probs
+
+
+def expected_discriminator_loss(logits, expert_actions, log_probs):
+    """Cross-entropy, expert = 1, in expectation over the policy's actions: (batch, 2) -> ()."""
+    expert_logits = logits.gather(1, expert_actions[:, None]).squeeze(1)
+    policy_term = (log_probs.exp() * F.softplus(logits)).sum(-1)
+    return (F.softplus(-expert_logits) + policy_term).mean()
+
+
+def expected_policy_loss(log_probs, rewards):
+    """Minus the expected reward of the policy's action, exactly: (batch, 2) both -> ()."""
+    return -(log_probs.exp() * rewards).sum(-1).mean()
+
+
+def accuracy(policy, observations, actions):
+    """The share of pairs whose greedy action is the expert's: (pairs, 4), (pairs,) -> float."""
+    return float(np.mean(policy.act(observations) == actions.cpu().numpy()))
+
+
+# --- environment and expert -----------------------------------------------------------------------
+
+
+def make_envs(env_id, num_envs):
+    """CHANGE ME: the task. This one resets an environment on the step AFTER an episode's last."""
+    envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+    return envs
+
+
+def make_expert(args):
+    """Train stable-baselines3's PPO or DQN with its zoo's settings; returns the greedy policy."""
+    from stable_baselines3 import DQN, PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    common = {"seed": 0, "device": "cpu", "verbose": 0}
+    if args.expert == "ppo":
+        settings = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98}
+        settings |= {"learning_rate": lambda left: 1e-3 * left, "gae_lambda": 0.8}
+        settings |= {"clip_range": lambda left: 0.2 * left}
+        expert = PPO("MlpPolicy", make_vec_env(args.env_id, 8, seed=0), **settings, **common)
+        steps = 100_000
+    else:
+        settings = {"learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000}
+        settings |= {"learning_starts": 1_000, "target_update_interval": 10, "train_freq": 256}
+        settings |= {"gradient_steps": 128, "exploration_fraction": 0.16}
+        settings |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}}
+        expert = DQN("MlpPolicy", args.env_id, **settings, **common)
+        steps = 50_000
+    expert.learn(steps, progress_bar=sys.stderr.isatty() and not args.no_progress)
+    return lambda observations: expert.predict(observations, deterministic=True)[0]
+
+
+# --- the algorithm --------------------------------------------------------------------------------
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def train(args):
+    """Run the algorithm; returns what summary.json holds."""
+    run = Run(args)
+    observations, actions = tensors(run.demos, args.device)
+    held_out = tensors(run.held_out, args.device) if run.held_out else None
+    policy = Policy(args.hidden).to(args.device)
+    network = mlp(4, args.hidden, args.hidden, 2).to(args.device)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    run.start(
+        policy=policy, network=network, policy_optimizer=policy_optimizer, optimizer=optimizer
+    )
+
+    while not run.finished:
+        left = max(1 - run.count["updates"] / SCHEDULE, FINAL_LR)
+        policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
+        optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
+        for _ in range(min(LOG_EVERY, args.updates - run.count["updates"])):
+            rows = torch.randint(len(actions), (args.batch_size,))
+            log_probs = policy(observations[rows]).logits  # (batch, 2)
+            logits = discriminator_logits(network, observations[rows], log_probs.detach())
+            loss = expected_discriminator_loss(logits, actions[rows], log_probs.detach())
+            descend(optimizer, loss)
+
+            policy_loss = expected_policy_loss(log_probs, logits.detach())
+            descend(policy_optimizer, policy_loss)
+            run.count["updates"] += 1
+        scalars = {
+            "losses/discriminator": float(loss.detach()),
+            "losses/policy": float(policy_loss.detach()),
+            "accuracy/demonstrations": accuracy(policy, observations, actions),
+        }
+        if held_out:
+            scalars["accuracy/held_out"] = accuracy(policy, *held_out)
+        run.record(scalars, policy)
+    return run.finish(policy)
+
+
+# ==================================================================================================
+# The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
+# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
+# BUDGET, EVAL_EVERY, DEMOS, add_settings, Policy, make_envs, make_expert and train.
+# ==================================================================================================
+
+SCRIPT = Path(__file__).stem
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+
+
+class BadInput(Exception):
+    """Something that a person can mend: one line on stderr, exit status 2."""
+
+
+class Failed(Exception):
+    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float of [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
+    add_settings(parser)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag(
+        "--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new expert's)"
+    )
+    flag("--num-demos", type=number(int, 1), default=1, help="how many expert episodes are used")
+    flag(
+        "--num-pairs", type=number(int, 1), help="keep so many random pairs of each (default: all)"
+    )
+    flag(
+        "--record-demos", metavar="FILE", help="train an expert, write its episodes there and stop"
+    )
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
+    flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
+    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
+    flag("--render", action="store_true", help="at the end, three episodes in a window")
+    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
+    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
+        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
+        script = saved.pop("script", None)
+        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)  # a flag beside --resume wins: a longer budget, a video
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    return args
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def read(path, reader):
+    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    try:
+        return reader(Path(path))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def write(path, writer):
+    """Let `writer(file)` write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def read_demos(path, env_id):
+    """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
+    members = zipfile.ZipFile(path).infolist()
+    check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
+    check(
+        needed <= arrays.keys(), f"no {sorted(needed - arrays.keys())}, expected {sorted(needed)}"
+    )
+    recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
+    check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
+    env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
+    expected = {
+        "observations": (np.float32, (size, *env.observation_space.shape)),
+        "actions": (env.action_space.dtype, (size, *env.action_space.shape)),
+        "episode_starts": (bool, (size,)),
+        "terminated": (bool, (np.count_nonzero(starts),)),
+        "rewards": (np.float32, (size,)),
+    }
+    for name in expected.keys() & arrays.keys():
+        found, (dtype, shape) = arrays[name], expected[name]
+        message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
+        check(found.dtype == dtype and found.shape == shape, message)
+        check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
+    check(size and starts[0], "no episode that starts in the first row, expected one")
+    valid = batch_space(env.action_space, size).contains(arrays["actions"])
+    check(valid, f"actions out of range, expected {env.action_space}")
+    cuts = np.flatnonzero(starts)[1:]
+    parts = [np.split(arrays[name], cuts) for name in ("observations", "actions")]
+    no_rewards = [None] * (len(cuts) + 1)
+    parts.append(np.split(arrays["rewards"], cuts) if "rewards" in arrays else no_rewards)
+    names = ("observations", "actions", "rewards", "terminated")
+    return [dict(zip(names, episode)) for episode in zip(*parts, arrays["terminated"])]
+
+
+def record_demos(path, args):
+    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    check(not path.exists(), f"{path}: exists already, expected a new file")
+    print(f"{SCRIPT}.py: making an expert for {path}", file=sys.stderr)
+    episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
+    score = statistics(episodes)
+    if score[METRIC] < TASKS[args.env_id]:
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+    kept = episodes[:RECORDED]
+    names = ("observations", "actions", "rewards")
+    arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
+    arrays["rewards"] = arrays["rewards"].astype(np.float32)
+    arrays["terminated"] = np.array([episode["terminated"] for episode in kept])
+    arrays["episode_starts"] = np.concatenate([np.arange(len(e["rewards"])) == 0 for e in kept])
+    about = {"env_id": args.env_id, "expert": DEMOS.format(**vars(args)), "score": score}
+    arrays["metadata"] = json.dumps({**about, "versions": versions()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_demos(args):
+    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    name = DEMOS.format(**vars(args))
+    shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
+    path = Path(args.demos or (shipped if shipped.exists() else made))
+    if not args.demos and not path.exists():
+        record_demos(path, args)
+    episodes = read(path, lambda path: read_demos(path, args.env_id))
+    many = args.num_demos
+    check(many <= len(episodes), f"--num-demos {many}: {path} holds {len(episodes)}")
+    cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
+    rng = np.random.default_rng(args.seed)
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
+    for episode in chosen if args.num_pairs else []:
+        length = len(episode["actions"])
+        check(args.num_pairs <= length, f"--num-pairs {args.num_pairs}: an episode has {length}")
+        rows = rng.choice(length, args.num_pairs, replace=False)
+        episode.update({k: episode[k][rows] for k in ("observations", "actions")})
+    return chosen, episodes[:cut], episodes[cut:]
+
+
+def play(act, env_id, episodes, seed):
+    """The first episode of each of many environments, so that short ones are not preferred.
+
+    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    envs = make_envs(env_id, episodes)
+    envs.action_space.seed(seed)
+    observations, _ = envs.reset(seed=seed)
+    running, frames = np.ones(episodes, bool), []
+    while running.any():
+        actions = act(observations) if act else envs.action_space.sample()
+        frame = (running.copy(), observations, actions)
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        frames.append((*frame, rewards, terminated, info.get("is_success", terminated)))
+        running &= ~(terminated | truncated)
+    envs.close()
+    running, *columns = (np.stack(column, 1) for column in zip(*frames))
+    names = ("observations", "actions", "rewards", "terminated", "is_success")
+    played = [dict(zip(names, (c[i, running[i]] for c in columns))) for i in range(episodes)]
+    return [{**e, **{name: bool(e[name][-1]) for name in names[3:]}} for e in played]
+
+
+def statistics(episodes):
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
+    if METRIC == "success_rate":
+        result["success_rate"] = float(np.mean([episode["is_success"] for episode in episodes]))
+    return result
+
+
+def squared_energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def occupancy_distances(env_id, held_out, samples):
+    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    space = gym.make(env_id).action_space
+
+    def pairs(episodes):
+        observations, actions = tensors(episodes)
+        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        if isinstance(space, gym.spaces.Discrete):
+            actions = torch.eye(int(space.n))[actions]
+        return torch.cat([observations[rows], actions[rows]], -1).double()
+
+    expert = pairs(held_out)
+    mean, std = expert.mean(0), expert.std(0)
+    std = std.where(std > 0, 1.0)
+    distances = {
+        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
+        for name, episodes in samples.items()
+    }
+    return {name: distance / distances["random"] for name, distance in distances.items()}
+
+
+def tensors(episodes, device="cpu"):
+    """The observations and the actions of all episodes: (pairs, ...) both."""
+    names = ("observations", "actions")
+    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
+    return [torch.as_tensor(array, device=device) for array in arrays]
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+    }
+
+
+class Run:
+    """One run: its demonstrations, folder, log, curve, checkpoints and result."""
+
+    latest = None  # for the command that resumes it
+
+    def __init__(self, args):
+        began = time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.args, self.curve, self.seconds = args, [], 0.0
+        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
+        self.demos, self.others, self.held_out = load_demos(args)
+        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        if not args.resume:
+            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        torch.manual_seed(args.seed)
+        self.setup_seconds = time.perf_counter() - began
+
+    def start(self, **parts):
+        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        self.parts, args = parts, self.args
+        if args.resume:
+            read(self.folder / "checkpoint.pt", self.load)
+        else:
+            self.save()
+        Run.latest = self
+        now = self.count[CLOCK]
+        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
+        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+
+    def save(self):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
+        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        if self.args.device == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self, path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.__dict__.update(state["run"])
+        torch.set_rng_state(state["rng"])
+        if self.args.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    @property
+    def finished(self):
+        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+
+    def record(self, scalars, policy):
+        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        now, every = self.count[CLOCK], self.args.eval_every
+        self.seconds = time.perf_counter() - self.clock
+        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+            if tag.startswith("losses/") and not math.isfinite(value):
+                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+            self.log.add_scalar(tag, value, now)
+        due = self.finished or now // every > self.count["evaluated"] // every
+        if due:
+            result = self.evaluate(policy, 0)
+            self.count["evaluated"] = now
+            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
+            for name in ("return_mean", "return_std", "success_rate"):
+                if name in result:
+                    self.log.add_scalar(f"eval/{name}", result[name], now)
+            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
+        if due or time.perf_counter() - self.saved > 10:
+            self.save()
+            self.saved = time.perf_counter()
+        self.bar.update(now - self.bar.n)
+        self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
+
+    def evaluate(self, policy, offset):
+        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
+        self.played = play(policy.act, self.args.env_id, self.args.eval_episodes, seed)
+        return statistics(self.played)
+
+    def finish(self, policy, diagnosis=""):
+        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        args, folder, env_id = self.args, self.folder, self.args.env_id
+        self.bar.close()
+        self.log.close()
+        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
+        saved["weights"] = policy.state_dict()
+        write(folder / "policy.pt", lambda file: torch.save(saved, file))
+        learner = self.evaluate(policy, 500)
+        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
+        samples |= {"expert": self.others, "learner": self.played}
+        known = all(episode["rewards"] is not None for episode in self.others)
+        results = {"random": statistics(samples["random"]), "learner": learner}
+        results["expert"] = statistics(self.others + self.held_out) if known else None
+        distances = dict.fromkeys(results)
+        if self.held_out:
+            distances = occupancy_distances(env_id, self.held_out, samples)
+        for name, result in results.items():
+            if result:
+                result["occupancy_distance"] = distances[name]
+        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
+        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        if solved:
+            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
+        pairs = tensors(self.demos)
+        demos = {"episodes": len(self.demos), "pairs": len(pairs[1])}
+        demos["sha256"] = sha256(b"".join(x.numpy().tobytes() for x in pairs)).hexdigest()
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
+        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
+        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary |= {"demos": demos, "curve": self.curve}
+        summary["solved_at_env_steps"] = solved.get("env_steps")
+        summary["solved_at_seconds"] = solved.get("wall_seconds")
+        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        write_json(folder / "summary.json", summary)
+        draw(summary, folder / "learning_curve.png")
+        show(policy, args, folder)
+        for name in ("random", "expert", "learner"):
+            print(f"{name:8}{describe(results[name])}")
+        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        return summary
+
+
+def describe(result):
+    if result is None:
+        return "unknown: the demonstrations hold no rewards"
+    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
+    if "success_rate" in result:
+        text += f", success {result['success_rate']:.0%}"
+    distance = result.get("occupancy_distance")
+    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random as lines."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes, curve = figure.subplots(), summary["curve"]
+    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
+    axes.plot(x, y, "o-", markersize=3, label="learner")
+    for name, style in (("expert", "--"), ("random", ":")):
+        if summary[name]:
+            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
+    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
+    axes.legend()
+    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def show(policy, args, folder):
+    """Three episodes as MP4 files, or in a window, or both."""
+    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
+        env = gym.make(args.env_id, render_mode=mode)
+        if mode == "rgb_array":
+            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
+        for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+            (observation, _), over = env.reset(seed=seed), False
+            while not over:
+                action = policy.act(observation[None])[0]
+                observation, _, terminated, truncated, _ = env.step(action)
+                over = terminated or truncated
+        env.close()
+
+
+def evaluate_file(args):
+    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
+
+    def load(path):
+        saved = torch.load(path, weights_only=True, map_location=args.device)
+        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        policy = Policy(**saved["network"]).to(args.device)
+        policy.load_state_dict(saved["weights"])
+        return saved["env_id"], policy
+
+    args.env_id, policy = read(args.evaluate, load)
+    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
+    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
+    write_json(folder / "evaluation.json", result)
+    show(policy, args, folder)
+    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        if args.record_demos:
+            record_demos(Path(args.record_demos), args)
+        elif args.evaluate:
+            evaluate_file(args)
+        else:
+            train(args)
+        return 0
+    except (BadInput, Failed, OSError) as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

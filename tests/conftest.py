@@ -1,0 +1,49 @@
+"""Fixtures: `case`, every row of the table in scripts.py, and `finished`, its run folder."""
+
+import pytest
+import torch
+from scripts import CASES, SCRIPTS
+
+torch.set_num_threads(1)
+
+
+def present(case):
+    if not case.path.exists():
+        pytest.skip(f"{case.path.name} does not exist yet")
+    return case
+
+
+@pytest.fixture(scope="session", params=CASES, ids=str)
+def case(request):
+    return present(request.param)
+
+
+@pytest.fixture(scope="session", params=SCRIPTS, ids=lambda case: case.script)
+def script(request):
+    """One case of each script."""
+    return present(request.param)
+
+
+@pytest.fixture(scope="session")
+def finish(tmp_path_factory):
+    """Gives the folder of a case's uninterrupted run; all of these are made at once."""
+    folders = {}
+    for case in CASES:
+        if case.path.exists():
+            folders[case] = tmp_path_factory.mktemp("finished") / str(case)
+            case.run(folders[case])
+    return folders.get
+
+
+@pytest.fixture(scope="session")
+def finished(case, finish):
+    return finish(case)
+
+
+@pytest.fixture
+def quick(finish, monkeypatch):
+    """Leave out, where weights alone are compared, what takes longer than a tiny training."""
+    for module in {case.module for case in CASES if case.path.exists()}:
+        monkeypatch.setattr(module, "draw", lambda *args: None)
+        distances = lambda env_id, held_out, samples: dict.fromkeys(samples, 1.0)  # noqa: E731
+        monkeypatch.setattr(module, "occupancy_distances", distances)

@@ -1,0 +1,110 @@
+"""The scripts, and of each a run that is short and still goes through everything."""
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERT = ROOT / "experts" / "CartPole-v1_ppo.npz"
+sys.path.insert(0, str(ROOT))
+
+GAIL = (
+    "--hidden 8 --num-envs 4 --num-steps 32 --epochs 2 --minibatch-size 32"
+    " --discriminator-updates 3 --discriminator-batch 32"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One script with one set of flags."""
+
+    script: str
+    flags: str
+    full: int  # the budget of about three iterations
+    half: int  # a smaller one
+    loss: str  # one of its loss functions, for a test to break
+    calls: int  # how often that is called in the first iteration, or a little more
+
+    def __str__(self):
+        return "-".join([self.script, *self.flags.split("--policy-gradient ")[1:]])
+
+    @property
+    def path(self):
+        return ROOT / f"{self.script}.py"
+
+    @property
+    def module(self):
+        return importlib.import_module(self.script)
+
+    @property
+    def budget(self):
+        return "--" + self.module.BUDGET.replace("_", "-")
+
+    def argv(self, folder, *flags, budget=None):
+        """The command line of a run into `folder`; a later flag wins."""
+        argv = ["--out", folder.parent, "--run-name", folder.name, "--no-progress"]
+        argv += ["--eval-every", 100, "--eval-episodes", 4, *self.flags.split()]
+        argv += [self.budget, budget or self.full, *flags]
+        return [str(argument) for argument in argv]
+
+    def run(self, folder, *flags, budget=None):
+        """Run it in this process; returns the weights of its policy."""
+        assert self.module.main(self.argv(folder, *flags, budget=budget)) == 0
+        return weights(folder)
+
+    def resume(self, folder, budget=None):
+        argv = ["--resume", str(folder), self.budget, str(budget or self.full)]
+        assert self.module.main(argv) == 0
+        return weights(folder)
+
+    def start(self, argv, cwd=ROOT):
+        """Start it as a process of its own."""
+        command = [sys.executable, f"{self.script}.py", *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+
+
+CASES = [
+    Case(
+        "bc_cartpole",
+        "--hidden 8 --batch-size 16 --learning-rate 1e-4",
+        *(300, 150, "behavioural_cloning_loss", 101),
+    ),
+    Case("gail_cartpole", f"{GAIL} --policy-gradient ppo", 360, 200, "discriminator_loss", 4),
+    Case(
+        "gail_cartpole",
+        f"{GAIL} --absorbing --reward airl --bc-updates 2 --policy-gradient reinforce",
+        *(360, 200, "discriminator_loss", 4),
+    ),
+    Case("gail_offline_cartpole", "--hidden 8", 300, 150, "discriminator_loss", 101),
+]
+SCRIPTS = list({case.script: case for case in reversed(CASES)}.values())[::-1]  # one case of each
+
+
+def weights(folder):
+    return torch.load(folder / "policy.pt", weights_only=True)["weights"]
+
+
+def same(ours, theirs):
+    """Are these weights the same to the last bit?"""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def finite(content):
+    """Is every tensor and float in this nest of dicts and lists finite?"""
+    if isinstance(content, dict | list | tuple):
+        return all(map(finite, content.values() if isinstance(content, dict) else content))
+    if isinstance(content, float):
+        content = torch.tensor(content)
+    return not isinstance(content, torch.Tensor) or bool(torch.isfinite(content).all())
+
+
+def linear_rule(observations):
+    """Balances the pole for 500 steps."""
+    return (observations @ [0.1, 0.5, 3.0, 1.0] > 0).astype(int)

@@ -1,0 +1,374 @@
+"""Whatever is wrong with a file or a value: exit status 2, one line, and nothing is written."""
+
+import argparse
+import json
+import pickle
+import shutil
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from scripts import EXPERT, SCRIPTS
+
+
+class Payload:
+    """Unpickling this writes a file, the canary."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+def test_the_payload_works(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "canary"))).close()
+    assert (tmp_path / "canary").exists()
+
+
+def listing(folder):
+    """Every path below a folder, with a hash of what the files hold."""
+    paths = sorted(folder.rglob("*"))
+    return {p: sha256(p.read_bytes()).hexdigest() if p.is_file() else None for p in paths}
+
+
+@pytest.fixture(autouse=True)
+def no_expert(script, finish, monkeypatch):
+    """What is refused must be refused before an expert is trained for minutes."""
+    monkeypatch.delattr(script.module, "make_expert")
+
+
+@pytest.fixture
+def refused(script, tmp_path, capsys):
+    """Run a command line that must be refused with one line that holds these words."""
+
+    def run(argv, *words):
+        before = listing(tmp_path)
+        status = script.module.main([str(argument) for argument in argv])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert status == 2, line
+        for word in words:
+            assert str(word) in line
+        assert len(line) < 500
+        assert listing(tmp_path) == before
+
+    return run
+
+
+# --- files that are not what they should be -------------------------------------------------------
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "text": lambda path: path.write_text("not what you expect\n" * 9),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pickled": lambda path: path.write_bytes(pickle.dumps(Payload(path.parent / "canary"), 2)),
+}
+
+
+@pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
+def damage(request):
+    return request.param
+
+
+# --- demonstrations -------------------------------------------------------------------------------
+
+GOOD = {  # three episodes of five steps
+    "observations": np.zeros((15, 4), np.float32),
+    "actions": np.tile([0, 1, 0], 5),
+    "episode_starts": np.arange(15) % 5 == 0,
+    "terminated": np.array([True, False, True]),
+    "rewards": np.ones(15, np.float32),
+    "metadata": np.array(json.dumps({"env_id": "CartPole-v1"})),
+}
+
+
+def changed(name, index, value):
+    """The array of that name with another value at an index."""
+    array = GOOD[name].copy()
+    array[index] = value
+    return {name: array}
+
+
+BAD = {  # what is other than in GOOD, and a word that the line must hold
+    "observations of another shape": ({"observations": np.zeros((15, 3), np.float32)}, "(15, 4)"),
+    "one observation too few": ({"observations": np.zeros((14, 4), np.float32)}, "expected"),
+    "observations of another dtype": ({"observations": np.zeros((15, 4))}, "float64"),
+    "observations without dimensions": ({"observations": np.float32(0)}, ""),
+    "actions of another shape": ({"actions": np.zeros((15, 1), int)}, "actions"),
+    "actions of another dtype": ({"actions": np.zeros(15, np.float32)}, "actions"),
+    "action too large": (changed("actions", 3, 2), "actions"),
+    "action too small": (changed("actions", 3, -1), "actions"),
+    "NaN": (changed("observations", (3, 1), np.nan), "observations"),
+    "infinity": (changed("observations", (3, 1), -np.inf), "observations"),
+    "NaN in the rewards": (changed("rewards", 3, np.nan), "rewards"),
+    "too few rewards": ({"rewards": np.ones(14, np.float32)}, "rewards"),
+    "starts that are numbers": ({"episode_starts": GOOD["episode_starts"] * 1}, "episode_starts"),
+    "no start in the first row": (changed("episode_starts", [0, 1], [False, True]), "episode"),
+    "no episode": ({n: GOOD[n][:0] for n in GOOD if n != "metadata"}, "episode"),
+    "one episode too many": ({"terminated": np.ones(4, bool)}, "terminated"),
+    "terminated in every row": ({"terminated": np.ones(15, bool)}, "terminated"),
+    "another environment": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
+    "metadata without environment": ({"metadata": "{}"}, "env_id"),
+    "metadata that is a list": ({"metadata": "[]"}, ""),
+    "metadata that is no JSON": ({"metadata": "CartPole-v1"}, ""),
+    **{f"no {name}": ({name: None}, name) for name in GOOD if name != "rewards"},
+}
+
+
+def save(path, **changes):
+    arrays = {name: array for name, array in {**GOOD, **changes}.items() if array is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_good_demonstrations_are_accepted(script, tmp_path):
+    """Otherwise the tests below would show nothing."""
+    episodes = script.module.read_demos(save(tmp_path / "good.npz"), "CartPole-v1")
+    assert [len(episode["actions"]) for episode in episodes] == [5, 5, 5]
+
+
+def test_damaged_demonstrations(script, damage, tmp_path, refused):
+    damage(save(tmp_path / "demos.npz"))
+    argv = script.argv(tmp_path / "runs" / "run", "--demos", tmp_path / "demos.npz")
+    refused(argv, tmp_path / "demos.npz")
+
+
+@pytest.mark.parametrize("changes, word", BAD.values(), ids=BAD)
+def test_bad_demonstrations(script, changes, word, tmp_path, refused):
+    path = save(tmp_path / "demos.npz", **changes)
+    refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path, word)
+
+
+@pytest.mark.parametrize("name", [*GOOD, "something else"])
+def test_demonstrations_that_hold_objects(script, name, tmp_path, refused):
+    objects = np.array([Payload(tmp_path / "canary")] * 15, object)
+    path = save(tmp_path / "demos.npz", **{name: objects})
+    refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path)
+
+
+def test_more_than_there_is(script, tmp_path, refused):
+    path = save(tmp_path / "demos.npz")
+    argv = script.argv(tmp_path / "runs" / "run", "--demos", path)
+    refused([*argv, "--num-demos", 4], "--num-demos 4", path, "3")
+    refused([*argv, "--num-pairs", 6], "--num-pairs 6", "5")
+
+
+def test_demonstrations_of_another_environment(script, tmp_path, refused):
+    argv = ["--env-id", "CartPole-v0", "--demos", EXPERT]
+    refused(script.argv(tmp_path / "runs" / "run", *argv), EXPERT, "CartPole-v0", "CartPole-v1")
+
+
+# --- run folders ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(script, finish, tmp_path):
+    return shutil.copytree(finish(script), tmp_path / "run")
+
+
+def test_existing_run_folder(script, folder, refused):
+    refused(script.argv(folder), folder)
+
+
+def test_no_run_folder(script, tmp_path, refused):
+    refused(["--resume", tmp_path / "nowhere"], tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused(["--resume", tmp_path / "empty"], tmp_path / "empty")
+    save(tmp_path / "demos.npz")
+    refused(["--resume", tmp_path / "demos.npz"], tmp_path / "demos.npz")
+
+
+@pytest.mark.parametrize("name", ["args.json", "checkpoint.pt"])
+def test_damaged_run_folder(damage, name, folder, refused):
+    damage(folder / name)
+    refused(["--resume", folder], folder / name if name == "checkpoint.pt" else folder)
+
+
+def edit(folder, **changes):
+    """Change args.json."""
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**args, **changes}))
+
+
+def test_run_of_another_script(folder, refused):
+    edit(folder, script="another")
+    refused(["--resume", folder], folder, "another")
+
+
+def test_args_that_are_no_settings(folder, refused):
+    (folder / "args.json").write_text("[1, 2]")
+    refused(["--resume", folder], folder)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("hidden", -3),
+        ("hidden", [8]),
+        ("seed", "one"),
+        ("eval_episodes", 0),
+        ("device", "tpu"),
+        ("env_id", "Acrobot-v1"),
+        ("expert", "../expert"),
+        ("total_steps", 0.5),
+    ],
+)
+def test_args_out_of_range(script, name, value, folder, capsys):
+    """These are flags that were saved: argparse may refuse them with a message of its own."""
+    if name not in json.loads((folder / "args.json").read_text()):
+        pytest.skip(f"{script.script} has no such flag")
+    edit(folder, **{name: value})
+    before = listing(folder.parent)
+    try:
+        status = script.module.main(["--resume", str(folder)])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and name.replace("_", "-") in error.replace("_", "-")
+    assert listing(folder.parent) == before
+
+
+@pytest.mark.parametrize("flag", ["--hidden", "--num-envs", "--env-id"])
+def test_resumed_with_other_settings(script, flag, folder, refused):
+    if flag.strip("-").replace("-", "_") not in json.loads((folder / "args.json").read_text()):
+        pytest.skip(f"{script.script} has no {flag}")
+    value = "CartPole-v0" if flag == "--env-id" else 5
+    refused(["--resume", folder, script.budget, 2 * script.full, flag, value])
+
+
+def rewrite(path, **changes):
+    """Change what a .pt file holds; None takes a part away."""
+    content = {**torch.load(path, weights_only=True), **changes}
+    torch.save({name: part for name, part in content.items() if part is not None}, path)
+
+
+def test_checkpoint_of_another_script(folder, refused):
+    rewrite(folder / "checkpoint.pt", script="another")
+    refused(["--resume", folder], folder / "checkpoint.pt", "another")
+
+
+@pytest.mark.parametrize("part", ["policy", "optimizer", "run", "rng", "script"])
+def test_checkpoint_without_a_part(script, part, folder, refused):
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    if part == "optimizer":  # whatever it is called
+        part = next(name for name in content if "optimizer" in name)
+    rewrite(folder / "checkpoint.pt", **{part: None})
+    refused(["--resume", folder], folder / "checkpoint.pt", part)
+
+
+@pytest.mark.parametrize("part", ["policy", "run", "extra"])
+def test_checkpoint_that_holds_objects(part, folder, tmp_path, refused):
+    rewrite(folder / "checkpoint.pt", **{part: Payload(tmp_path / "canary")})
+    refused(["--resume", folder], folder / "checkpoint.pt")
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+def test_damaged_policy(damage, folder, refused):
+    damage(folder / "policy.pt")
+    refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt")
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"script": "another"}, "another"),
+        ({"script": None}, "script"),
+        ({"weights": None}, "weights"),
+        ({"weights": {}}, "network"),
+        ({"network": {"hidden": 9}}, "network"),
+        ({"network": {"hidden": "many"}}, ""),
+        ({"network": {"hidden": -1}}, ""),
+        ({"network": {"depth": 2}}, "depth"),
+        ({"env_id": "Acrobot-v1"}, "Acrobot-v1"),
+        ({"env_id": 5}, ""),
+    ],
+)
+def test_bad_policy(changes, word, folder, refused):
+    rewrite(folder / "policy.pt", **changes)
+    refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt", word)
+
+
+@pytest.mark.parametrize("part", ["weights", "network", "extra"])
+def test_policy_that_holds_objects(part, folder, tmp_path, refused):
+    rewrite(folder / "policy.pt", **{part: Payload(tmp_path / "canary")})
+    refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt")
+
+
+def test_policy_that_holds_no_dict(folder, refused):
+    torch.save([1, 2], folder / "policy.pt")
+    refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt")
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def test_recorded_demonstrations_are_not_overwritten(tmp_path, refused):
+    save(tmp_path / "demos.npz")
+    refused(["--record-demos", tmp_path / "demos.npz"], tmp_path / "demos.npz")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device(script, tmp_path, refused):
+    refused(script.argv(tmp_path / "run", "--device", "cuda"), "--device cuda")
+
+
+def flags(script, monkeypatch):
+    """The flags that argparse knows of."""
+    parsers = []
+
+    def parse_args(parser, argv):
+        parsers.append(parser)
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        script.module.parse_args([])
+    return parsers[0]._actions
+
+
+def test_flags_out_of_range(script, tmp_path, monkeypatch, capsys):
+    """Of every number no NaN, no infinity, nothing negative; of every choice only what it names."""
+    tried = 0
+    for action in flags(script, monkeypatch):
+        numeric = action.type is not None
+        for value in ("nan", "inf", "-1", "x") if numeric else ["x"] if action.choices else []:
+            argument = f"{action.option_strings[0]}={value}"
+            with pytest.raises(SystemExit) as stop:
+                script.module.main(script.argv(tmp_path / "run", argument))
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert stop.value.code == 2 and action.option_strings[0] in error, argument
+            tried += 1
+    assert tried > 20 and not listing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--seed=1.5", "--num-demos=0", "--num-pairs=0", "--num-threads=0", "--eval-episodes=1"),
+        *("--eval-every=0", "--hidden=0", "--device=tpu", "--nonsense", "--seed"),
+    ],
+)
+def test_flags(script, argument, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.module.main(script.argv(tmp_path / "run", argument))
+    assert stop.value.code == 2 and argument.split("=")[0] in capsys.readouterr().err
+    assert not listing(tmp_path)
+
+
+def test_no_budget(script, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        script.module.main(script.argv(tmp_path / "run", f"{script.budget}=0"))
+    assert stop.value.code == 2 and not listing(tmp_path)
+
+
+def test_files_of_the_other_scripts(script, finish, tmp_path, refused):
+    for other in SCRIPTS:
+        if finish(other) and other.script != script.script:
+            folder = shutil.copytree(finish(other), tmp_path / other.script)
+            refused(["--resume", folder], folder, other.script)
+            refused(["--evaluate", folder / "policy.pt"], folder, other.script)

@@ -1,0 +1,102 @@
+"""The shipped demonstrations, how they are chosen from, and how new ones are made."""
+
+import json
+
+import numpy as np
+import pytest
+from scripts import ROOT, linear_rule, same
+
+FILES = sorted((ROOT / "experts").glob("*.npz"))
+
+
+def parse(script, *argv):
+    return script.module.parse_args([str(argument) for argument in argv])
+
+
+def test_there_are_some():
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_demonstrations(script, path):
+    env_id = path.stem.split("_")[0]
+    if env_id not in script.module.TASKS:
+        pytest.skip(f"{script.script} does not know {env_id}")
+    assert path.stat().st_size < 300_000
+    episodes = script.module.read_demos(path, env_id)
+    assert len(episodes) == 30
+    returns = [episode["rewards"].sum() for episode in episodes]
+    assert np.mean(returns) >= script.module.TASKS[env_id]
+    for episode in episodes:
+        assert len(episode["observations"]) == len(episode["actions"]) == len(episode["rewards"])
+        if "CartPole" in env_id:  # there the limit ends an episode, not the pole
+            assert episode["terminated"] == (len(episode["actions"]) < 500)
+            assert np.abs(episode["observations"][0]).max() <= 0.05
+    metadata = json.loads(str(np.load(path)["metadata"]))
+    assert metadata["env_id"] == env_id and metadata["expert"]
+
+
+def test_held_out_episodes_are_never_learnt_from(script):
+    chosen = set()
+    for seed in range(1, 21):
+        args = parse(script, "--seed", seed, "--num-demos", 4)
+        demos, others, held_out = script.module.load_demos(args)
+        assert (len(demos), len(others), len(held_out)) == (4, 10, 20)
+        firsts = [{e["observations"].tobytes() for e in x} for x in (demos, others, held_out)]
+        assert len(firsts[0]) == 4 and firsts[0] <= firsts[1] and not firsts[1] & firsts[2]
+        chosen |= firsts[0]
+    assert len(chosen) == 10  # every other one is, by some seed
+
+
+def test_where_all_are_learnt_from_none_is_held_out(script):
+    demos, others, held_out = script.module.load_demos(parse(script, "--num-demos", 11))
+    assert (len(demos), len(others), len(held_out)) == (11, 30, 0)
+
+
+def test_num_pairs(script):
+    """So many pairs of each episode, at random, none of them twice and none of them broken."""
+    (demo,), (*others,), _ = script.module.load_demos(parse(script, "--num-pairs", 30))
+    observations, actions = script.module.tensors([demo])
+    assert observations.shape == (30, 4) and actions.shape == (30,)
+    assert len(observations.unique(dim=0)) == 30
+    (source,) = [e for e in others if (e["observations"] == demo["observations"][0]).all(1).any()]
+    for observation, action in zip(demo["observations"], demo["actions"]):
+        (row,) = np.flatnonzero((source["observations"] == observation).all(1))
+        assert source["actions"][row] == action
+
+
+# --- making new ones ------------------------------------------------------------------------------
+
+
+def test_a_bad_expert_is_refused(script, tmp_path, monkeypatch, capsys):
+    always_left = lambda args: lambda observations: np.zeros(len(observations), int)  # noqa: E731
+    monkeypatch.setattr(script.module, "make_expert", always_left)
+    path = tmp_path / "new" / "demos.npz"
+    assert script.module.main(["--record-demos", str(path)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "expert" in line and "495" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
+    module, path = script.module, tmp_path / "new" / "demos.npz"
+    monkeypatch.setattr(module, "make_expert", lambda args: linear_rule)
+    assert module.main(["--record-demos", str(path)]) == 0
+    assert [p.name for p in path.parent.iterdir()] == ["demos.npz"]
+    recorded = module.read_demos(path, "CartPole-v1")
+    seed = module.EVALUATION_SEEDS - 1_000
+    played = module.play(linear_rule, "CartPole-v1", 100, seed)[:30]
+    assert len(recorded) == 30
+    for ours, theirs in zip(recorded, played):
+        assert ours["terminated"] == theirs["terminated"]
+        for name in ("observations", "actions", "rewards"):
+            assert np.array_equal(ours[name], theirs[name])
+
+
+def test_missing_demonstrations_are_made_once(script, tmp_path, monkeypatch, quick):
+    """For CartPole-v0 none are shipped: they are kept in the folder of the runs."""
+    monkeypatch.setattr(script.module, "make_expert", lambda args: linear_rule)
+    policy = script.run(tmp_path / "first", "--env-id", "CartPole-v0")
+    assert (tmp_path / "CartPole-v0_ppo.npz").exists()
+    monkeypatch.delattr(script.module, "make_expert")
+    assert same(script.run(tmp_path / "second", "--env-id", "CartPole-v0"), policy)
