@@ -1,0 +1,153 @@
+"""How fast RaceCar-v0 is, and whether it leaks. Prints one JSON object.
+
+    OMP_NUM_THREADS=1 python benchmark/racecar_speed.py                     (about a minute)
+    OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --leak 1000         (a minute)
+
+Random actions with resets, on one core except `async_steps_per_second`. The best of several
+repetitions, and the median beside it: other work on the machine can only slow them down.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from racecar_env import RaceCarEnv, pybullet
+
+REPETITIONS = 50
+
+
+def best_and_median(seconds: list[float], count: int) -> dict[str, float]:
+    """Counts per second."""
+    return {
+        "best": round(count / min(seconds), 1),
+        "median": round(count / float(np.median(seconds)), 1),
+    }
+
+
+def random_actions(count: int, num_envs: int) -> np.ndarray:
+    """(count, num_envs, 2) float32"""
+    random = np.random.default_rng(0)
+    return random.uniform([-1, 0], [1, 1], (count, num_envs, 2)).astype(np.float32)
+
+
+def single_environment(count: int = 200) -> dict:
+    """Steps per second with resets, the share of stepSimulation in them, the time of a reset."""
+    env = RaceCarEnv()
+    step_physics, physics_seconds = env.physics.stepSimulation, [0.0]
+
+    def timed_step_simulation() -> None:
+        start = time.perf_counter()
+        step_physics()
+        physics_seconds[0] += time.perf_counter() - start
+
+    plain, timed, shares, resets = [], [], [], []
+    for repetition in range(2 * REPETITIONS):  # in turn: as it is, and with stepSimulation timed
+        with_timer = repetition % 2 == 1
+        env.physics.stepSimulation = timed_step_simulation if with_timer else step_physics
+        physics_seconds[0] = 0.0
+        env.reset(seed=0)
+        start = time.perf_counter()
+        for action in random_actions(count, 1)[:, 0]:
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                reset_start = time.perf_counter()
+                env.reset()
+                resets.append(time.perf_counter() - reset_start)
+        seconds = time.perf_counter() - start
+        (timed if with_timer else plain).append(seconds)
+        if with_timer:
+            shares.append(physics_seconds[0] / seconds)
+    env.close()
+    return {
+        "steps_per_second": best_and_median(plain, count),
+        "step_simulation_share": round(float(np.median(shares)), 3),
+        "reset_milliseconds": round(1e3 * float(np.median(resets)), 4),
+    }
+
+
+def vector_steps_per_second(vector_class: type[VectorEnv], num_envs: int, count: int = 60) -> dict:
+    # On the same step: otherwise the reset steps, which need no physics, would be counted as well.
+    envs = vector_class([RaceCarEnv] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs.reset(seed=0)
+    seconds = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        for actions in random_actions(count, num_envs):
+            envs.step(actions)
+        seconds.append(time.perf_counter() - start)
+    envs.close()
+    return best_and_median(seconds, count * num_envs)
+
+
+def frame_milliseconds() -> float:
+    env = RaceCarEnv(render_mode="rgb_array")
+    env.reset(seed=0)
+    seconds = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        env.render()
+        seconds.append(time.perf_counter() - start)
+    env.close()
+    return round(1e3 * min(seconds), 2)
+
+
+def leak(count: int) -> dict:
+    """Open, drive, and close so many environments one after the other."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident, client_ids = [], set()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(count):
+        env = RaceCarEnv()
+        env.reset(seed=0)
+        for action in random_actions(5, 1)[:, 0]:
+            env.step(action)
+        client_ids.add(env.physics.id)
+        env.close()
+        gc.collect()
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1024)
+    half = count // 2
+    return {
+        "environments": count,
+        "clients_still_connected": sum(
+            pybullet.getConnectionInfo(client)["isConnected"] for client in range(count)
+        ),
+        "client_ids_used": len(client_ids),
+        "file_descriptors_before_and_after": [descriptors, len(os.listdir("/proc/self/fd"))],
+        "resident_megabytes_first_and_last": [round(resident[i] / 1024, 1) for i in (0, -1)],
+        "kilobytes_per_environment_second_half": round(
+            float(np.polyfit(np.arange(half), resident[-half:], 1)[0]), 2
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--leak", type=int, metavar="N", help="only open and close N environments")
+    args = parser.parse_args()
+    if args.leak:
+        result = leak(args.leak)
+    else:
+        result = {
+            "cores": len(os.sched_getaffinity(0)),
+            "load_before": os.getloadavg()[0],
+            **single_environment(),
+            "frame_milliseconds": frame_milliseconds(),
+        }
+        for name, vector_class in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
+            result[f"{name}_steps_per_second"] = {
+                num_envs: vector_steps_per_second(vector_class, num_envs)
+                for num_envs in (1, 2, 4, 8)
+            }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,563 @@
+"""RaceCar-v0: a car in an S-shaped corridor, to be driven to the finish without touching a wall.
+
+PyBullet's racecar at 20 Hz: one physics step of 1/20 s for each environment step. Importing this
+module registers the environment; `gymnasium.make("racecar_env:RaceCar-v0")` does both at once.
+
+    observation (9,) float32   x, y (m), vx, vy (m/s), yaw (rad), then the angles (rad) and the
+                               velocities (rad/s) of the left and the right steering joint
+    action (2,) float32        steering in [-1, 1] (positive turns right), throttle in [0, 1]
+    reward                     -1 at a wall, +3 at the finish (both terminate), 0 otherwise
+    truncated                  after max_steps = 2,000 steps
+    info                       steps (int), position (x, y, z) in metres, is_success (bool)
+
+reset(seed=s) determines the whole episode: (s, the actions since) is a snapshot that replays to
+the last bit, in any process, after any history. A reset without a seed draws one and keeps it in
+`np_random_seed`; the later resets of that chain follow from it as well.
+
+An expert comes with it, a waypoint controller that needs no training (about 285 steps a lap):
+
+    python racecar_env.py --record-demos demos.npz --episodes 50 --action-noise 0.1
+    python racecar_env.py --video lap.mp4
+    python racecar_env.py --drive --record-demos mine.npz    (arrow keys; Ctrl-C ends it)
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.12"
+# dependencies = ["gymnasium>=1.1,<2", "pybullet", "numpy", "moviepy"]
+# ///
+# pybullet has wheels for CPython up to 3.11 on Linux.
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import numbers
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import gymnasium
+import numpy as np
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Silence file descriptor 2: pybullet greets there, where errors should stand alone."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+with _silent_stderr():
+    import pybullet
+    import pybullet_data
+
+# ----------------------------------------------------------------------------- the world, in metres
+WALL_SEGMENTS = (  # x0, y0, x1, y1
+    (0, 0, 2, 0), (0, 0, 0, 4), (2, 0, 2, 2), (0, 4, 8, 4), (2, 2, 10, 2),
+    (10, 2, 10, 6), (10, 6, 15, 6), (8, 4, 8, 8), (8, 8, 15, 8), (15, 6, 15, 8),
+)  # fmt: skip
+WALL_THICKNESS, WALL_HEIGHT = 0.3, 0.5
+START_POSITION, START_YAW = (0.5, 0.5, 0.1), math.pi / 2
+MAX_START_NOISE = 0.14  # with more, the car can start inside a wall
+FINISH, FINISH_RADIUS = (14.5, 7.5), 1.0
+COINS, COIN_RADIUS = ((3.0, 3.0), (9.0, 5.0), (11.0, 7.0)), 0.5
+WALL_REWARD, FINISH_REWARD = -1.0, 3.0
+
+CONTROL_RATE = 20  # Hz
+STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right
+WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1
+
+FRAME_WIDTH, FRAME_HEIGHT, FIELD_OF_VIEW = 320, 240, 60.0
+CAMERA_OFFSET = (-5.0, -5.0, 5.0)  # from the car; its z is measured from the ground
+
+# Wide enough for every state that can be reached before a wall ends the episode.
+OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.float32)
+
+
+class PhysicsClient:
+    """pybullet, with the id of one client of its own in every call: client.stepSimulation()."""
+
+    def __init__(self, mode: int) -> None:
+        self.id = pybullet.connect(mode)
+
+    def __getattr__(self, name: str) -> Callable:
+        function = functools.partial(getattr(pybullet, name), physicsClientId=self.id)
+        setattr(self, name, function)  # found at once from now on
+        return function
+
+
+class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """The race car. Each environment has a physics client of its own and shares nothing.
+
+    start_noise: half width of the uniform noise on the start's x, y (metres) and yaw (radians).
+    coin_reward: paid once for each coin that the car comes within 0.5 m of; 0: there are no coins.
+    max_steps: the episode is truncated after so many steps.
+    Raises ValueError where one of them, or render_mode, is out of range.
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
+
+    def __init__(
+        self,
+        render_mode: str | None = None,
+        start_noise: float = 0.1,
+        coin_reward: float = 0.0,
+        max_steps: int = 2000,
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None, human or rgb_array, got {render_mode!r}")
+        _check_number("start_noise", start_noise, numbers.Real, 0, MAX_START_NOISE)
+        _check_number("coin_reward", coin_reward, numbers.Real, 0, 1_000_000)
+        _check_number("max_steps", max_steps, numbers.Integral, 1, 1_000_000_000)
+        self.render_mode = render_mode
+        self.start_noise = float(start_noise)
+        self.coin_reward = float(coin_reward)
+        self.max_steps = int(max_steps)
+        self.observation_space = gymnasium.spaces.Box(
+            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, dtype=np.float32
+        )
+        self.action_space = gymnasium.spaces.Box(
+            np.array([-1, 0], dtype=np.float32), np.array([1, 1], dtype=np.float32)
+        )
+        self.steps = 0
+        self._position = START_POSITION
+        self._running = False  # between a reset and the end of its episode
+        self.physics: PhysicsClient | None = self._connect()  # None once closed
+        self._build_world(self.physics)
+
+    def _connect(self) -> PhysicsClient:
+        if self.render_mode != "human":
+            return PhysicsClient(pybullet.DIRECT)
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            raise RuntimeError("render_mode human needs a display, and DISPLAY names none")
+        physics = PhysicsClient(pybullet.GUI)
+        physics.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
+        physics.configureDebugVisualizer(pybullet.COV_ENABLE_KEYBOARD_SHORTCUTS, 0)
+        return physics
+
+    def _build_world(self, physics: PhysicsClient) -> None:
+        """Load everything once and save the state that every reset restores."""
+        physics.setTimeStep(1 / CONTROL_RATE)
+        physics.setGravity(0, 0, -10)
+        # Without this the solver's order depends on earlier episodes, and a reset is not exact.
+        physics.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
+        physics.setAdditionalSearchPath(pybullet_data.getDataPath())
+        # Maximal coordinates suit a body without joints: the same motion in 3 % less time.
+        physics.loadURDF("plane.urdf", useMaximalCoordinates=True)
+
+        # All walls are one static body, so that one query answers "does the car touch a wall?".
+        boxes = [pybullet.GEOM_BOX] * len(WALL_SEGMENTS)
+        half_extents, centers = [], []
+        for x0, y0, x1, y1 in WALL_SEGMENTS:
+            size_x, size_y = x1 - x0 or WALL_THICKNESS, y1 - y0 or WALL_THICKNESS
+            half_extents.append((size_x / 2, size_y / 2, WALL_HEIGHT / 2))
+            centers.append(((x0 + x1) / 2, (y0 + y1) / 2, WALL_HEIGHT / 2))
+        self.walls = physics.createMultiBody(
+            0,  # mass: static
+            physics.createCollisionShapeArray(
+                boxes, halfExtents=half_extents, collisionFramePositions=centers
+            ),
+            physics.createVisualShapeArray(
+                boxes, halfExtents=half_extents, visualFramePositions=centers
+            ),
+        )
+        physics.changeDynamics(self.walls, -1, lateralFriction=1.0, restitution=0.7)
+
+        self._coins: dict[int, tuple[float, float]] = {}  # bodies to be seen, not touched
+        if self.coin_reward:
+            shape = physics.createVisualShape(
+                pybullet.GEOM_CYLINDER, radius=0.2, length=0.05, rgbaColor=(1, 0.8, 0, 1)
+            )
+            for coin in COINS:
+                self._coins[physics.createMultiBody(0, -1, shape, (*coin, 0.2))] = coin
+
+        self.car = physics.loadURDF("racecar/racecar.urdf", START_POSITION)
+        self._saved_state = physics.saveState()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Put the car at the start, at rest. options are not used.
+
+        Every episode has a seed of its own, here drawn from the episode before where none is given.
+        """
+        physics = self._open_client()
+        super().reset(seed=self.np_random.bit_generator.random_raw() if seed is None else seed)
+        x, y, yaw = self.np_random.uniform(-self.start_noise, self.start_noise, size=3)
+        x0, y0, z0 = START_POSITION
+        physics.restoreState(self._saved_state)
+        physics.resetBasePositionAndOrientation(
+            self.car, (x0 + x, y0 + y, z0), physics.getQuaternionFromEuler((0, 0, START_YAW + yaw))
+        )
+        self.steps, self._running = 0, True
+        self._coins_left = dict(self._coins)
+        observation = self._observe(physics)
+        if self.render_mode == "human":
+            self.render()
+        return observation, self._info(is_success=False)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Drive for 1/20 s. action: (steering, throttle), clipped to the action space.
+
+        Raises ValueError for an action that is not two finite numbers, ResetNeeded before the first
+        reset and after the end of an episode, ClosedEnvironmentError after close().
+        """
+        physics = self._open_client()
+        if not self._running:
+            raise gymnasium.error.ResetNeeded("the episode is over or never began: call reset()")
+        steering, throttle = _steering_and_throttle(action)
+        physics.setJointMotorControlArray(
+            self.car, STEERING_JOINTS, pybullet.POSITION_CONTROL, targetPositions=[-steering] * 2
+        )
+        physics.setJointMotorControlArray(
+            self.car,
+            WHEEL_JOINTS,
+            pybullet.VELOCITY_CONTROL,
+            targetVelocities=[WHEEL_SPEED * throttle] * 4,
+            forces=[WHEEL_FORCE] * 4,
+        )
+        physics.stepSimulation()
+        self.steps += 1
+        observation = self._observe(physics)
+
+        # Of the pose just reached; getContactPoints would tell of the pose before this step.
+        at_wall = bool(physics.getClosestPoints(self.car, self.walls, 0.0))
+        at_finish = not at_wall and math.dist(self._position[:2], FINISH) <= FINISH_RADIUS
+        reward = WALL_REWARD * at_wall + FINISH_REWARD * at_finish + self._collect_coins(physics)
+        terminated = at_wall or at_finish
+        truncated = not terminated and self.steps >= self.max_steps
+        self._running = not (terminated or truncated)
+        if self.render_mode == "human":
+            self.render()
+        return observation, reward, terminated, truncated, self._info(is_success=at_finish)
+
+    def render(self) -> np.ndarray | None:
+        """rgb_array: the picture, (240, 320, 3) uint8. human: follow the car at 20 frames/s."""
+        physics = self._open_client()
+        if self.render_mode == "human":
+            x, y, z = CAMERA_OFFSET
+            target = (*self._position[:2], 0.0)
+            pitch = -math.degrees(math.atan2(z, math.hypot(x, y)))
+            physics.resetDebugVisualizerCamera(math.hypot(x, y, z), -45.0, pitch, target)
+            time.sleep(1 / CONTROL_RATE)
+            return None
+        if self.render_mode is None:
+            raise gymnasium.error.Error("render() needs render_mode human or rgb_array")
+        x, y, _ = self._position
+        eye = (x + CAMERA_OFFSET[0], y + CAMERA_OFFSET[1], CAMERA_OFFSET[2])
+        _, _, rgba, _, _ = physics.getCameraImage(
+            FRAME_WIDTH,
+            FRAME_HEIGHT,
+            physics.computeViewMatrix(eye, self._position, (0, 0, 1)),
+            physics.computeProjectionMatrixFOV(FIELD_OF_VIEW, FRAME_WIDTH / FRAME_HEIGHT, 0.1, 100),
+            flags=pybullet.ER_NO_SEGMENTATION_MASK,
+            renderer=pybullet.ER_TINY_RENDERER,
+        )
+        picture = np.asarray(rgba, dtype=np.uint8).reshape(FRAME_HEIGHT, FRAME_WIDTH, 4)
+        return picture[:, :, :3].copy()
+
+    def close(self) -> None:
+        """Give the physics client back. A second call does nothing."""
+        if self.physics is not None:
+            with contextlib.suppress(pybullet.error):  # its window may have been closed already
+                self.physics.disconnect()
+            self.physics = None
+
+    def _open_client(self) -> PhysicsClient:
+        if self.physics is None:
+            raise gymnasium.error.ClosedEnvironmentError("this environment is closed: make another")
+        return self.physics
+
+    def _observe(self, physics: PhysicsClient) -> np.ndarray:
+        self._position, orientation = physics.getBasePositionAndOrientation(self.car)
+        (vx, vy, _), _ = physics.getBaseVelocity(self.car)
+        yaw = physics.getEulerFromQuaternion(orientation)[2]
+        left, right = physics.getJointStates(self.car, STEERING_JOINTS)
+        x, y, _ = self._position
+        return np.array([x, y, vx, vy, yaw, left[0], right[0], left[1], right[1]], np.float32)
+
+    def _collect_coins(self, physics: PhysicsClient) -> float:
+        """The reward for coins reached in this step; they sink out of sight until the reset."""
+        reward = 0.0
+        for body, coin in list(self._coins_left.items()):
+            if math.dist(self._position[:2], coin) <= COIN_RADIUS:
+                del self._coins_left[body]
+                physics.resetBasePositionAndOrientation(body, (*coin, -1.0), (0, 0, 0, 1))
+                reward += self.coin_reward
+        return reward
+
+    def _info(self, is_success: bool) -> dict[str, Any]:
+        position = np.array(self._position)
+        return {"steps": self.steps, "position": position, "is_success": is_success}
+
+
+def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        whole = "whole " if kind is numbers.Integral else ""
+        raise ValueError(f"{name} must be a {whole}number from {low} to {high}, got {value!r}")
+
+
+def _steering_and_throttle(action: Any) -> tuple[float, float]:
+    try:
+        steering, throttle = np.asarray(action).tolist()
+        valid = math.isfinite(steering) and math.isfinite(throttle)
+    except (TypeError, ValueError, OverflowError):  # no real numbers, or not two of them
+        valid = False
+    if not valid:
+        raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
+    return min(max(steering, -1.0), 1.0), min(max(throttle, 0.0), 1.0)
+
+
+gymnasium.register("RaceCar-v0", entry_point=f"{__name__}:RaceCarEnv")
+
+
+# --------------------------------------------------------------------------- those who can drive it
+class WaypointController:
+    """The expert: steers by minus gain times the heading error to a waypoint ahead.
+
+    It is a plain function of the observation, without memory, so that it can be asked anywhere.
+    Waypoints lie 1 m apart in the middle of the corridor. The car aims at the second one after the
+    nearest, and cuts the corners a little: the first would be too near for the slow steering.
+    """
+
+    WAYPOINTS = np.array(
+        [(1, y) for y in range(0, 3)]
+        + [(x, 3) for x in range(1, 9)]
+        + [(9, y) for y in range(3, 7)]
+        + [(x, 7) for x in range(9, 14)]
+        + [FINISH]
+    )  # (waypoints, 2)
+
+    def __init__(self, throttle: float = 0.5, gain: float = 1.0) -> None:
+        self.throttle, self.gain = throttle, gain
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """The action, (2,) float32, for one observation, (9,)."""
+        x, y, yaw = float(observation[0]), float(observation[1]), float(observation[4])
+        nearest = int(np.argmin(np.hypot(*(self.WAYPOINTS - (x, y)).T)))
+        target_x, target_y = self.WAYPOINTS[min(nearest + 2, len(self.WAYPOINTS) - 1)]
+        heading_error = math.remainder(math.atan2(target_y - y, target_x - x) - yaw, 2 * math.pi)
+        steering = min(max(-self.gain * heading_error, -1.0), 1.0)
+        return np.array([steering, self.throttle], dtype=np.float32)
+
+
+def action_from_keys(keys: dict[int, int], throttle: float) -> np.ndarray:
+    """The action, (2,) float32, for a person's arrow keys: up drives, left and right steer.
+
+    keys: key code -> bits of its state, as pybullet's getKeyboardEvents returns them.
+    """
+    pressed = pybullet.KEY_IS_DOWN | pybullet.KEY_WAS_TRIGGERED
+    up, left, right = (
+        bool(keys.get(key, 0) & pressed)
+        for key in (pybullet.B3G_UP_ARROW, pybullet.B3G_LEFT_ARROW, pybullet.B3G_RIGHT_ARROW)
+    )
+    return np.array([right - left, throttle * up], dtype=np.float32)
+
+
+# --------------------------------------------------------------------------------- demonstrations
+class Lap(NamedTuple):
+    """One episode. The last observation is not kept: no action followed it."""
+
+    observations: np.ndarray  # (steps, 9) float32
+    actions: np.ndarray  # (steps, 2) float32, as executed
+    rewards: np.ndarray  # (steps,) float32
+    terminated: bool
+    is_success: bool
+
+
+def record_laps(
+    env: gymnasium.Env,
+    choose_action: Callable[[np.ndarray], np.ndarray],
+    num_successes: int,
+    action_noise: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Lap]:
+    """Drive laps, and yield each of them, until so many have reached the finish.
+
+    action_noise: standard deviation of the Gaussian noise on both components of the action.
+
+    Recorded is the action as EXECUTED, noise and clipping included, not as intended. It is the one
+    that led to the next observation, and (observation, executed action) is a sample of the
+    occupancy measure of one policy, the noisy expert; (observation, intended action) is of none.
+    The noise has mean 0, so cloning still finds the intention.
+    """
+    random = np.random.default_rng((seed, 1))  # apart from the environment's
+    low, high = env.action_space.low, env.action_space.high
+    reset_seed: int | None = seed  # the later laps follow from the first
+    while num_successes > 0:
+        observation, _ = env.reset(seed=reset_seed)
+        reset_seed, over, steps = None, False, []
+        while not over:
+            noise = action_noise * random.standard_normal(2)
+            action = np.clip(choose_action(observation) + noise, low, high).astype(np.float32)
+            next_observation, reward, terminated, truncated, info = env.step(action)
+            steps.append((observation, action, np.float32(reward)))
+            observation, over = next_observation, terminated or truncated
+        observations, actions, rewards = (np.stack(column) for column in zip(*steps, strict=True))
+        num_successes -= info["is_success"]
+        yield Lap(observations, actions, rewards, terminated, info["is_success"])
+
+
+def demonstrations_of(laps: list[Lap], expert: str, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of a demonstrations file, of the laps that reached the finish: an expert does.
+
+    observations (N, 9) float32, actions (N, 2) float32, rewards (N,) float32, episode_starts (N,)
+    bool, terminated (episodes,) bool, metadata: JSON as a 0-d string. What a person waits before
+    the first throttle of a lap is left out: it would teach the car to park.
+    """
+    kept = []
+    for lap in laps:
+        if lap.is_success:
+            first = int(np.argmax(lap.actions[:, 1] > 0))
+            kept.append((lap.observations[first:], lap.actions[first:], lap.rewards[first:]))
+    observations, actions, rewards = (np.concatenate(column) for column in zip(*kept, strict=True))
+    episode_starts = np.zeros(len(actions), dtype=bool)
+    episode_starts[np.cumsum([0] + [len(episode[1]) for episode in kept[:-1]])] = True
+    metadata = {
+        "env_id": "RaceCar-v0",
+        "expert": expert,
+        "seed": seed,
+        "returns": [float(episode[2].sum()) for episode in kept],
+        "dropped": len(laps) - len(kept),  # laps that did not reach the finish
+    }
+    return {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "episode_starts": episode_starts,
+        "terminated": np.array([lap.terminated for lap in laps if lap.is_success]),
+        "metadata": np.array(json.dumps(metadata)),
+    }
+
+
+def save_demonstrations(path: Path, demonstrations: dict[str, np.ndarray]) -> None:
+    """Write the whole file or nothing. An existing one is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **demonstrations)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------ command line
+class OneLineParser(argparse.ArgumentParser):
+    """Without the usage before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Namespace]:
+    parser = OneLineParser(
+        prog="racecar_env.py",
+        description="Record demonstrations of RaceCar-v0, watch, film a lap, or take the wheel.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--record-demos", type=Path, metavar="FILE.npz", help="write the laps to it")
+    add("--video", type=Path, metavar="FILE.mp4", help="film one lap of the controller")
+    add("--render", action="store_true", help="show the laps in a window")
+    add("--drive", action="store_true", help="drive them yourself, with the window's arrow keys")
+    add("--episodes", type=int, default=50, help="laps that reach the finish")
+    add("--action-noise", type=float, default=0.0, help="standard deviation, 0 to 1")
+    add("--throttle", type=float, default=0.5, help="above 0, up to 1, which is 2.5 m/s")
+    add("--seed", type=int, default=0, help="of the starts and the noise")
+    args = parser.parse_args(arguments)
+
+    if not (args.record_demos or args.video or args.render or args.drive):
+        parser.error("nothing to do: give --record-demos, --video, --render or --drive")
+    if args.drive and not args.record_demos:
+        parser.error("--drive records the laps: give --record-demos FILE.npz as well")
+    for flag, value, valid, expected in (
+        ("--episodes", args.episodes, args.episodes >= 1, "at least 1"),
+        ("--action-noise", args.action_noise, 0 <= args.action_noise <= 1, "from 0 to 1"),
+        ("--throttle", args.throttle, 0 < args.throttle <= 1, "above 0, up to 1"),
+        ("--seed", args.seed, args.seed >= 0, "at least 0"),
+    ):
+        if not valid:
+            parser.error(f"{flag} must be {expected}, found {value}")
+    for path, suffix in ((args.record_demos, ".npz"), (args.video, ".mp4")):
+        if path and (path.suffix != suffix or path.is_dir()):
+            parser.error(f"{path}: expected the name of a file that ends in {suffix}")
+        if path and not os.access(path.parent, os.W_OK):
+            parser.error(f"{path}: its folder does not exist or cannot be written to")
+    return parser, args
+
+
+def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
+    """Write the video of a lap, the whole file or nothing."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        env = gymnasium.make("RaceCar-v0", render_mode="rgb_array")
+        env = gymnasium.wrappers.RecordVideo(env, f"{folder}/video", disable_logger=True)
+        lap = next(record_laps(env, controller, 1, seed=seed))
+        env.close()
+        os.replace(next(Path(folder).glob("video/*.mp4")), path)
+    return lap
+
+
+def drive_laps(args: argparse.Namespace) -> list[Lap]:
+    """Laps of the controller, or of a person, who ends by Ctrl-C or by closing the window."""
+    env = gymnasium.make("RaceCar-v0", render_mode="human" if args.render or args.drive else None)
+    controller = WaypointController(args.throttle)
+
+    def choose_action(observation: np.ndarray) -> np.ndarray:
+        if args.drive:
+            return action_from_keys(env.unwrapped.physics.getKeyboardEvents(), args.throttle)
+        return controller(observation)
+
+    laps: list[Lap] = []
+    try:
+        for lap in record_laps(env, choose_action, args.episodes, args.action_noise, args.seed):
+            laps.append(lap)
+            if len(laps) >= 2 * args.episodes + 10 and not args.drive:
+                break  # the throttle is too much for the controller
+    except (KeyboardInterrupt, pybullet.error):
+        if not args.drive:
+            raise KeyboardInterrupt from None
+    finally:
+        env.close()
+    return laps
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status. Bad input: one line on stderr, status 2, and nothing is written."""
+    parser, args = parse_arguments(arguments)
+    try:
+        if args.video:
+            lap = film_lap(args.video, WaypointController(args.throttle), args.seed)
+            print(f"{args.video}: {len(lap.actions)} steps, finish reached: {lap.is_success}")
+        if args.record_demos or args.render:
+            laps = drive_laps(args)
+            steps = [len(lap.actions) for lap in laps if lap.is_success]
+            summary = f"{len(laps)} laps driven, {len(laps) - len(steps)} dropped (no finish)"
+            if not steps or (len(steps) < args.episodes and not args.drive):
+                parser.error(f"{summary}: nothing is written")
+            print(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
+            if args.record_demos:
+                expert = "a person" if args.drive else "waypoint controller"
+                expert += f", throttle {args.throttle:g}, action noise {args.action_noise:g}"
+                save_demonstrations(args.record_demos, demonstrations_of(laps, expert, args.seed))
+    except KeyboardInterrupt:
+        return 130
+    except (RuntimeError, OSError) as error:  # no display; a full disk
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
