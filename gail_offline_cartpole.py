@@ -63,7 +63,7 @@ from tqdm import tqdm
 TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 2_000, 0.05  # the step sizes fall over so many updates, to this share
+SCHEDULE, FINAL_LR = 4_000, 0.05  # the step sizes fall over so many updates, to this share
 LOG_EVERY = 100  # updates
 
 
@@ -72,8 +72,8 @@ def add_settings(parser):
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--updates", type=number(int, 1), default=SCHEDULE, help="of both players")
     flag("--batch-size", type=number(int, 1), default=64, help="expert states an update")
-    flag("--policy-lr", type=number(float, 0), default=3e-3, help="step size of Adam")
-    flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
+    flag("--policy-lr", type=number(float, 0), default=1e-2, help="step size of Adam")
+    flag("--discriminator-lr", type=number(float, 0), default=1e-2, help="the same for D")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
 
 

@@ -1,0 +1,117 @@
+"""These scripts and the `imitation` library, side by side on the same demonstrations and seeds.
+
+    python -m venv .venv-peer && .venv-peer/bin/pip install -r benchmark/requirements-peer.txt
+    python benchmark/peers.py --peer-python .venv-peer/bin/python --seeds 1-10 gail bc
+
+For each seed the script runs first and the library directly after it, one process at a time with
+one thread. Both learn from the pairs that the script draws for that seed; both are evaluated over
+100 greedy episodes, and no evaluation is counted in the seconds. The result goes into
+benchmark/results/peers_cartpole.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bc_cartpole  # noqa: E402
+
+RESULT = ROOT / "benchmark" / "results" / "peers_cartpole.json"
+SIZES = {
+    "30 pairs": ["--num-pairs", "30"],
+    **{size: ["--num-demos", size] for size in ("1", "4", "7", "10")},
+}
+
+
+def execute(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+def write_selection(path, flags, seed):
+    """The pairs that the scripts learn from with these flags and this seed, as a file."""
+    chosen, _, _ = bc_cartpole.load_demos(bc_cartpole.parse_args([*flags, "--seed", str(seed)]))
+    observations, actions = (tensor.numpy() for tensor in bc_cartpole.tensors(chosen))
+    starts = np.concatenate([np.arange(len(episode["actions"])) == 0 for episode in chosen])
+    np.savez(
+        path,
+        observations=observations,
+        actions=actions,
+        episode_starts=starts,
+        terminated=np.array([episode["terminated"] for episode in chosen]),
+        rewards=np.ones(len(actions), np.float32),
+    )
+
+
+def ours(script, flags, seed, out):
+    name = f"{script}_{'_'.join(flags)}_{seed}".replace("--", "")
+    command = [sys.executable, f"{script}.py", *flags, "--seed", str(seed)]
+    if not (out / name / "summary.json").exists():
+        execute([*command, "--out", str(out), "--run-name", name])
+    summary = json.loads((out / name / "summary.json").read_text())
+    return {
+        "library": "here",
+        "return_mean": summary["learner"]["return_mean"],
+        "env_steps": summary["env_steps"],
+        "seconds": summary["wall_seconds"],
+        "solved_at_env_steps": summary["solved_at_env_steps"],
+        "solved_at_seconds": summary["solved_at_seconds"],
+    }
+
+
+def theirs(python, algorithm, flags, seed, out):
+    name = f"imitation_{algorithm}_{'_'.join(flags)}_{seed}".replace("--", "")
+    demos, result = out / f"{name}.npz", out / f"{name}.json"
+    if not result.exists():
+        write_selection(demos, flags, seed)
+        script = ["benchmark/peer_imitation.py", algorithm, "--demos", str(demos)]
+        execute([python, *script, "--seed", str(seed), "--out", str(result)])
+    found = json.loads(result.read_text())
+    last = found["curve"][-1] if "curve" in found else found
+    return {
+        "library": "imitation",
+        "return_mean": last["return_mean"],
+        "env_steps": found.get("env_steps", 0),
+        "seconds": found.get("wall_seconds", found.get("train_seconds")),
+        "solved_at_env_steps": found.get("solved_at_env_steps"),
+        "solved_at_seconds": found.get("solved_at_seconds"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("algorithms", nargs="+", choices=("bc", "gail"))
+    parser.add_argument("--peer-python", required=True, help="of the library's virtual environment")
+    parser.add_argument("--seeds", default="1-10", help="first and last")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "peers")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    first, last = (int(seed) for seed in args.seeds.split("-"))
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    rows = [row for row in rows if row["algorithm"] not in args.algorithms]
+    sizes = {"bc": SIZES, "gail": {"1": ["--num-demos", "1"]}}
+    work = [(a, v, s) for a in args.algorithms for v in sizes[a] for s in range(first, last + 1)]
+    for algorithm, variant, seed in tqdm(work):
+        flags = sizes[algorithm][variant]
+        about = {"algorithm": algorithm, "variant": variant, "seed": seed}
+        rows.append({**about, **ours(f"{algorithm}_cartpole", flags, seed, args.out.resolve())})
+        peer = theirs(args.peer_python, algorithm, flags, seed, args.out.resolve())
+        rows.append({**about, **peer})
+        command = f"python benchmark/peers.py {' '.join(sys.argv[1:])}"
+        machine = f"{platform.system()}, {os.cpu_count()} cores, one thread, one run at a time"
+        result = {"command": command, "machine": machine, "rows": rows}
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
