@@ -623,18 +623,21 @@ def draw(summary, path):
 
 
 def show(policy, args, folder):
-    """Three episodes as MP4 files, or in a window, or both."""
+    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
         env = gym.make(args.env_id, render_mode=mode)
         if mode == "rgb_array":
             env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
-        for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
-            (observation, _), over = env.reset(seed=seed), False
-            while not over:
-                action = policy.act(observation[None])[0]
-                observation, _, terminated, truncated, _ = env.step(action)
-                over = terminated or truncated
-        env.close()
+        try:
+            for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+                (observation, _), over = env.reset(seed=seed), False
+                while not over:
+                    action = policy.act(observation[None])[0]
+                    observation, _, terminated, truncated, _ = env.step(action)
+                    over = terminated or truncated
+            env.close()
+        except Exception as error:  # no display, no encoder: each backend has errors of its own
+            raise Failed(f"showing the policy failed: {error}") from error
 
 
 def evaluate_file(args):

@@ -253,6 +253,47 @@ def test_the_discriminator_learns_that_the_expert_is_label_1():
     assert (discriminator(expert) > 0).all() and (discriminator(learner) < 0).all()
 
 
+# --- offline: in expectation over both actions ----------------------------------------------------
+
+
+@pytest.fixture
+def offline():
+    module = pytest.importorskip("gail_offline_cartpole")
+    logits, actions = torch.randn(20, 2) * 3, torch.randint(2, (20,))
+    return module, logits, actions, torch.randn(20, 2).log_softmax(-1)
+
+
+def test_expected_discriminator_loss_against_binary_cross_entropy(offline):
+    module, logits, actions, log_probs = offline
+    expected, entropy = 0.0, F.binary_cross_entropy_with_logits
+    for row in range(20):
+        expected += entropy(logits[row, actions[row]], torch.tensor(1.0)) / 20
+        for action in (0, 1):
+            chance = log_probs[row, action].exp()
+            expected += chance * entropy(logits[row, action], torch.tensor(0.0)) / 20
+    assert torch.allclose(module.expected_discriminator_loss(logits, actions, log_probs), expected)
+
+
+def test_expected_policy_loss_is_reinforce_on_every_action(offline):
+    module, rewards, _, log_probs = offline
+    theta = log_probs.clone().requires_grad_()
+    log_probs = theta.log_softmax(-1)
+    loss = module.expected_policy_loss(log_probs, rewards)
+    (found,) = torch.autograd.grad(loss, theta, retain_graph=True)
+    chances = log_probs.detach().exp()
+    reinforce = 2 * gail.reinforce_loss(log_probs, rewards * chances)  # a sum over two actions
+    (expected,) = torch.autograd.grad(reinforce, theta)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_offline_discriminator_is_undecided_where_the_policy_is_the_softmax_of_f(offline):
+    """Then D is 1/2 everywhere, whatever the policy: nothing is left to learn."""
+    module, f, _, _ = offline
+    f = f.log_softmax(-1)
+    logits = module.discriminator_logits(lambda observations: f, None, f)
+    assert torch.equal(logits.sigmoid(), torch.full((20, 2), 0.5))
+
+
 # --- rollouts -------------------------------------------------------------------------------------
 
 
