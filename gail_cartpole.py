@@ -96,7 +96,7 @@ def add_settings(parser):
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
     flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
     flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
-    flag("--num-steps", type=number(int, 2), help=recipes("steps of each a rollout", "num_steps"))
+    flag("--num-steps", type=number(int, 3), help=recipes("steps of each a rollout", "num_steps"))
     flag("--policy-lr", type=number(float, 0), help=recipes("step size of Adam", "policy_lr"))
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
@@ -477,6 +477,10 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+MAY_CHANGE = (  # beside --resume
+    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
+    *("out", "device", "num_threads", "no_progress"),
+)
 
 
 class BadInput(Exception):
@@ -539,8 +543,18 @@ def parse_args(argv=None):
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
         script = saved.pop("script", None)
         check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)  # a flag beside --resume wins: a longer budget, a video
+        settings = []  # as flags once more, so that argparse checks them
+        for name, value in saved.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                word = f"--{'' if value else 'no-'}{flag}"
+                settings += [word] * (value != parser.get_default(name))
+            elif value is not None:
+                settings.append(f"--{flag}={value}")
+        resume, before = args.resume, vars(parser.parse_args(settings))
+        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
+        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
+        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

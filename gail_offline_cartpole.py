@@ -184,10 +184,10 @@ def train(args):
     )
 
     while not run.finished:
-        left = max(1 - run.count["updates"] / SCHEDULE, FINAL_LR)
-        policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
-        optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         for _ in range(min(LOG_EVERY, args.updates - run.count["updates"])):
+            left = max(1 - run.count["updates"] / SCHEDULE, FINAL_LR)
+            policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
+            optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
             rows = torch.randint(len(actions), (args.batch_size,))
             log_probs = policy(observations[rows]).logits  # (batch, 2)
             logits = discriminator_logits(network, observations[rows], log_probs.detach())
@@ -217,6 +217,10 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+MAY_CHANGE = (  # beside --resume
+    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
+    *("out", "device", "num_threads", "no_progress"),
+)
 
 
 class BadInput(Exception):
@@ -279,8 +283,18 @@ def parse_args(argv=None):
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
         script = saved.pop("script", None)
         check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)  # a flag beside --resume wins: a longer budget, a video
+        settings = []  # as flags once more, so that argparse checks them
+        for name, value in saved.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                word = f"--{'' if value else 'no-'}{flag}"
+                settings += [word] * (value != parser.get_default(name))
+            elif value is not None:
+                settings.append(f"--{flag}={value}")
+        resume, before = args.resume, vars(parser.parse_args(settings))
+        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
+        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
+        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
