@@ -183,3 +183,9 @@ def test_requirements_satisfy_the_scripts(source):
 
 def test_every_script_has_a_case():
     assert {case.path.name for case in CASES} >= set(sync.SCRIPTS)
+
+
+def test_tables_match_the_results():
+    report = [sys.executable, str(ROOT / "benchmark" / "report.py"), "--check"]
+    done = subprocess.run(report, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
