@@ -106,7 +106,8 @@ def main():
         rows.append({**about, **ours(f"{algorithm}_cartpole", flags, seed, args.out.resolve())})
         peer = theirs(args.peer_python, algorithm, flags, seed, args.out.resolve())
         rows.append({**about, **peer})
-        command = f"python benchmark/peers.py {' '.join(sys.argv[1:])}"
+        command = "python benchmark/peers.py --peer-python .venv-peer/bin/python"
+        command += f" --seeds {args.seeds} {' '.join(args.algorithms)}"
         machine = f"{platform.system()}, {os.cpu_count()} cores, one thread, one run at a time"
         result = {"command": command, "machine": machine, "rows": rows}
         RESULT.parent.mkdir(exist_ok=True)
