@@ -1,7 +1,8 @@
-"""How fast RaceCar-v0 is, and whether it leaks. Prints one JSON object.
+"""How fast RaceCar-v0 is, whether it leaks, and how well its expert drives. Prints one JSON object.
 
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py                     (about a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --leak 1000         (a minute)
+    OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --expert 200        (two minutes)
 
 Random actions with resets, on one core except `async_steps_per_second`. The best of several
 repetitions, and the median beside it: other work on the machine can only slow them down.
@@ -9,7 +10,9 @@ repetitions, and the median beside it: other work on the machine can only slow t
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -19,7 +22,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from racecar_env import RaceCarEnv, pybullet
+from racecar_env import RaceCarEnv, WaypointController, pybullet, record_laps
 
 REPETITIONS = 50
 
@@ -128,12 +131,30 @@ def leak(count: int) -> dict:
     }
 
 
+def expert(count: int) -> list[dict]:
+    """So many laps from perturbed starts for each throttle and action noise."""
+    rows = []
+    for throttle, noise in ((0.3, 0.1), (0.5, 0.0), (0.5, 0.1), (0.5, 0.2), (0.7, 0.0), (0.7, 0.1)):
+        env = RaceCarEnv()
+        endless = record_laps(env, WaypointController(throttle), math.inf, noise, seed=1_000)
+        laps = list(itertools.islice(endless, count))
+        env.close()
+        steps = [len(lap.actions) for lap in laps if lap.is_success]
+        row = {"throttle": throttle, "action_noise": noise, "laps": count, "finished": len(steps)}
+        steps_of = {"mean": round(float(np.mean(steps)), 1), "min": min(steps), "max": max(steps)}
+        rows.append({**row, "steps": steps_of})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--leak", type=int, metavar="N", help="only open and close N environments")
+    parser.add_argument("--expert", type=int, metavar="N", help="only drive N laps of each expert")
     args = parser.parse_args()
     if args.leak:
         result = leak(args.leak)
+    elif args.expert:
+        result = expert(args.expert)
     else:
         result = {
             "cores": len(os.sched_getaffinity(0)),
