@@ -284,7 +284,7 @@ def read(path, reader):
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # damaged files fail in as many ways as there are readers
-        reason = str(error).partition("\n")[0].partition(". ")[0][:160]
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
         raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
 
 
