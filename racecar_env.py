@@ -43,6 +43,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import gymnasium
 import numpy as np
+from gymnasium.vector.utils import batch_space
 
 
 @contextlib.contextmanager
@@ -132,7 +133,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         self.steps = 0
         self._position = START_POSITION
-        self._running = False  # between a reset and the end of its episode
+        self.running = False  # between a reset and the end of its episode
         self.physics: PhysicsClient | None = self._connect()  # None once closed
         self._build_world(self.physics)
 
@@ -200,7 +201,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         physics.resetBasePositionAndOrientation(
             self.car, (x0 + x, y0 + y, z0), physics.getQuaternionFromEuler((0, 0, START_YAW + yaw))
         )
-        self.steps, self._running = 0, True
+        self.steps, self.running = 0, True
         self._coins_left = dict(self._coins)
         observation = self._observe(physics)
         if self.render_mode == "human":
@@ -214,7 +215,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         reset and after the end of an episode, ClosedEnvironmentError after close().
         """
         physics = self._open_client()
-        if not self._running:
+        if not self.running:
             raise gymnasium.error.ResetNeeded("the episode is over or never began: call reset()")
         steering, throttle = _steering_and_throttle(action)
         physics.setJointMotorControlArray(
@@ -237,7 +238,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         reward = WALL_REWARD * at_wall + FINISH_REWARD * at_finish + self._collect_coins(physics)
         terminated = at_wall or at_finish
         truncated = not terminated and self.steps >= self.max_steps
-        self._running = not (terminated or truncated)
+        self.running = not (terminated or truncated)
         if self.render_mode == "human":
             self.render()
         return observation, reward, terminated, truncated, self._info(is_success=at_finish)
@@ -322,6 +323,55 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
 gymnasium.register("RaceCar-v0", entry_point=f"{__name__}:RaceCarEnv")
 
 
+class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """num_envs race cars, stepped one after the other; one whose episode is over rests until reset.
+
+    Nothing is reset by itself: reset(options={"reset_mask": (num_envs,) bool}) puts those cars back
+    at the start and leaves the others where they are. So every step is a transition of the running
+    cars, and 100 episodes cost no more than their own steps. A resting car's reward is 0, and it
+    is neither terminated nor truncated once more. settings: as RaceCarEnv has them.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(self, num_envs: int = 1, **settings: Any) -> None:
+        self.num_envs = num_envs
+        self.envs = [RaceCarEnv(**settings) for _ in range(num_envs)]
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._observations = np.zeros((num_envs, 9), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """seed: of the first car's episode; the next car's is seed + 1, and so on."""
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        for i in np.flatnonzero(mask):
+            seed_of_it = None if seed is None else seed + int(i)
+            self._observations[i], _ = self.envs[i].reset(seed=seed_of_it)
+        return self._observations.copy(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """actions: (num_envs, 2). Raises what RaceCarEnv.step does."""
+        rewards = np.zeros(self.num_envs)
+        terminated, truncated, is_success = np.zeros((3, self.num_envs), bool)
+        for i, env in enumerate(self.envs):
+            if env.running:
+                result = env.step(actions[i])
+                self._observations[i], rewards[i], terminated[i], truncated[i], info = result
+                is_success[i] = info["is_success"]
+        info = {"is_success": is_success, "_is_success": np.ones(self.num_envs, bool)}
+        return self._observations.copy(), rewards, terminated, truncated, info
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for env in self.envs:
+            env.close()
+
+
 # --------------------------------------------------------------------------- those who can drive it
 class WaypointController:
     """The expert: steers by minus gain times the heading error to a waypoint ahead.
@@ -350,6 +400,15 @@ class WaypointController:
         heading_error = math.remainder(math.atan2(target_y - y, target_x - x) - yaw, 2 * math.pi)
         steering = min(max(-self.gain * heading_error, -1.0), 1.0)
         return np.array([steering, self.throttle], dtype=np.float32)
+
+
+def progress(observation: np.ndarray) -> float:
+    """The share of the track that a car has behind it, by its nearest waypoint; 1 at the finish."""
+    x, y = observation[:2]
+    if math.dist((x, y), FINISH) <= FINISH_RADIUS:
+        return 1.0
+    distances = np.hypot(*(WaypointController.WAYPOINTS - (x, y)).T)
+    return float(np.argmin(distances)) / len(distances)
 
 
 def action_from_keys(keys: dict[int, int], throttle: float) -> np.ndarray:

@@ -195,6 +195,10 @@ def some_pairs(number):
     return gail.make_pairs(torch.randn(number, 4) * 3 + 1, torch.randint(2, (number,)))
 
 
+def discriminator_of(pairs, hidden):
+    return gail.Discriminator(hidden, *gail.standardisation(pairs[:, :4]))
+
+
 def test_make_pairs():
     pairs = gail.make_pairs(torch.arange(16.0).view(2, 2, 4), torch.tensor([[0, 1], [1, 0]]))
     assert pairs.shape == (2, 2, 7)
@@ -212,18 +216,18 @@ def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
 
 def test_discriminator_standardises_observations_only():
     pairs = some_pairs(1_000)
-    standardised = gail.Discriminator(8, pairs).standardise(pairs)
+    standardised = discriminator_of(pairs, 8).standardise(pairs)
     assert torch.allclose(standardised[:, :4].mean(0), torch.zeros(4), atol=1e-4)
     assert torch.allclose(standardised[:, :4].std(0), torch.ones(4), atol=1e-4)
     assert torch.equal(standardised[:, 4:], pairs[:, 4:])
     constant = pairs[:1].expand(9, -1)
-    assert torch.isfinite(gail.Discriminator(8, constant)(constant)).all()
+    assert torch.isfinite(discriminator_of(constant, 8)(constant)).all()
 
 
 def test_gradient_penalty_against_finite_differences():
     expert, learner = some_pairs(40), some_pairs(40)
-    learner[:5] = gail.ABSORBING_PAIR
-    discriminator = gail.Discriminator(16, expert).double()
+    learner[:5] = gail.absorbing_pair(learner)
+    discriminator = discriminator_of(expert, 16).double()
     expert, learner = expert.double(), learner.double()
     rng = torch.get_rng_state()
     found = gail.gradient_penalty(discriminator, expert, learner)
@@ -245,11 +249,13 @@ def test_gradient_penalty_against_finite_differences():
 def test_the_discriminator_learns_that_the_expert_is_label_1():
     expert, learner = some_pairs(100), some_pairs(100)
     expert[:, 0] += 30
-    discriminator = gail.Discriminator(8, torch.cat([expert, learner]))
+    discriminator = discriminator_of(torch.cat([expert, learner]), 8)
     optimizer = torch.optim.Adam(discriminator.parameters(), 0.05)
     settings = {"discriminator_updates": 50, "discriminator_batch": 64, "gradient_penalty": 0.1}
     args = gail.argparse.Namespace(**settings)
-    gail.update_discriminator(discriminator, optimizer, expert, learner, args)
+    gail.update_discriminator(
+        discriminator, optimizer, expert, learner, gail.Memory(learner[:0]), args
+    )
     assert (discriminator(expert) > 0).all() and (discriminator(learner) < 0).all()
 
 
