@@ -102,7 +102,8 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), help=recipes("discount factor", "gamma"))
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="PPO only; 1: Monte Carlo")
+    monte_carlo = "1: Monte Carlo; below it, the critic's word counts, where it may know nothing"
+    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=monte_carlo)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
@@ -481,9 +482,8 @@ def train(args):
             next_values = critic(batch["next_observations"]).squeeze(-1)
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)
             done = batch["terminated"] | batch["truncated"]
-            gae_lambda = 1.0 if reinforce else args.gae_lambda
             advantages = generalized_advantages(
-                rewards, values, next_values, done, args.gamma, gae_lambda
+                rewards, values, next_values, done, args.gamma, args.gae_lambda
             )
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
@@ -719,6 +719,7 @@ def play(act, env_id, episodes, seed):
             observations, rewards, terminated, truncated, _ = envs.step(actions)
             frames.append((*frame, rewards, terminated))
             running &= ~(terminated | truncated)
+        envs.close()
         running, *columns = (np.stack(column, 1) for column in zip(*frames))
         names = ("observations", "actions", "rewards", "terminated")
         for i, steps in enumerate(running):

@@ -426,6 +426,7 @@ def play(act, env_id, episodes, seed):
             observations, rewards, terminated, truncated, _ = envs.step(actions)
             frames.append((*frame, rewards, terminated))
             running &= ~(terminated | truncated)
+        envs.close()
         running, *columns = (np.stack(column, 1) for column in zip(*frames))
         names = ("observations", "actions", "rewards", "terminated")
         for i, steps in enumerate(running):

@@ -15,7 +15,7 @@ Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
 # /// script
 # requires-python = ">=3.11,<3.12"
 # dependencies = [
-#     "gymnasium[classic-control]>=1.1,<2",
+#     "gymnasium>=1.1,<2",
 #     "matplotlib>=3.8",
 #     "moviepy>=2",
 #     "numpy>=1.26",
@@ -27,7 +27,6 @@ Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
 # ///
 
 import argparse
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -74,7 +73,7 @@ def add_settings(parser):
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
-    flag("--log-std", type=float, default=-1.2, help="of the untrained policy's actions")
+    flag("--std", type=number(float, 0.01), default=0.3, help="of the untrained policy's actions")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="1: Monte Carlo")
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
@@ -114,11 +113,11 @@ def mlp(*sizes):
 class Policy(nn.Module):
     """CHANGE ME: a Gaussian in [-1, 1]; observations (..., 9) -> a distribution over (2,)."""
 
-    def __init__(self, hidden, log_std):
+    def __init__(self, hidden, std=0.3):
         super().__init__()
-        self.settings = {"hidden": hidden, "log_std": log_std}
+        self.settings = {"hidden": hidden}
         self.network = mlp(10, hidden, hidden, 2)
-        self.log_std = nn.Parameter(torch.full((2,), log_std))
+        self.log_std = nn.Parameter(torch.full((2,), math.log(std)))
 
     def forward(self, observations):
         mean = self.network(features(observations))
@@ -248,7 +247,6 @@ def behavioural_cloning_loss(policy, observations, actions):
 # --- environment and expert -----------------------------------------------------------------------
 
 
-@functools.cache  # ten worlds take a second to build
 def make_envs(env_id, num_envs):
     """CHANGE ME: the task. These cars rest when their episode is over, until they are reset."""
     return RaceCarVectorEnv(num_envs)
@@ -257,8 +255,8 @@ def make_envs(env_id, num_envs):
 class Cars:
     """Race cars in mid-episode, and all that a checkpoint has to know of them."""
 
-    def __init__(self, num_envs):
-        self.envs = RaceCarVectorEnv(num_envs)
+    def __init__(self, env_id, num_envs):
+        self.envs = make_envs(env_id, num_envs)
 
     def reset(self, seed):
         self.observations, _ = self.envs.reset(seed=seed)
@@ -410,7 +408,7 @@ def train(args):
     run = Run(args)
     observations, actions = tensors(run.demos)
     observations, actions = observations.to(args.device), from_box(actions).to(args.device)
-    policy = Policy(args.hidden, args.log_std).to(args.device)
+    policy = Policy(args.hidden, args.std).to(args.device)
     critic = Critic(args.hidden).to(args.device)
     shuffled = args.control == "shuffled-expert"
     rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
@@ -427,7 +425,7 @@ def train(args):
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
     memory = Memory(expert_pairs[:0])
-    cars = Cars(args.num_envs)
+    cars = Cars(args.env_id, args.num_envs)
     cars.reset(args.seed * 1_000)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
     networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
@@ -710,6 +708,7 @@ def play(act, env_id, episodes, seed):
             observations, rewards, terminated, truncated, _ = envs.step(actions)
             frames.append((*frame, rewards, terminated))
             running &= ~(terminated | truncated)
+        envs.close()
         running, *columns = (np.stack(column, 1) for column in zip(*frames))
         names = ("observations", "actions", "rewards", "terminated")
         for i, steps in enumerate(running):

@@ -4,8 +4,8 @@
     python tests/sync.py                      only say what differs (exit status 1 if anything does)
 
 The harness is all below its banner. Above it, a top-level function or class that bears the
-same name in two scripts must be the same text; `train`, `add_settings` and `diagnose` are each
-own.
+same name in two scripts must be the same text. Each script has a `train` of its own, and what else
+OWN names; what PER_TASK names need only agree between scripts for the same task.
 """
 
 import ast
@@ -26,7 +26,9 @@ SCRIPTS = [
     if (ROOT / name).exists()
 ]
 BANNER = "# The harness: "
-OWN = {"train", "add_settings", "diagnose"}
+OWN = {"train", "add_settings", "diagnose", "update_policy"}
+PER_TASK = {"Policy", "make_envs", "make_expert", "make_pairs", "rollout"}
+TASKS = ("cartpole", "racecar", "bipedal")
 
 
 def split(text):
@@ -50,7 +52,8 @@ def differences(texts):
     for script, text in texts.items():
         above, harness = split(text)
         for name, source in {"the harness": harness, **definitions(above)}.items():
-            other, expected = first.setdefault(name, (script, source))
+            task = task_of(script) if name in PER_TASK else None
+            other, expected = first.setdefault((name, task), (script, source))
             if name not in OWN and source != expected:
                 pairs = enumerate(zip(source.splitlines(), expected.splitlines()), 1)
                 line = next((i for i, (a, b) in pairs if a != b), "the last")
@@ -58,20 +61,26 @@ def differences(texts):
     return found
 
 
-def copy_from(model, text):
+def copy_from(model, text, same_task=True):
     """`text` with the harness and the same-named definitions of the script `model`."""
     (source, harness), (above, _) = split(model), split(text)
     ours, theirs = definitions(above), definitions(source)
-    for name in ours.keys() & theirs.keys() - OWN:
+    for name in ours.keys() & theirs.keys() - OWN - (set() if same_task else PER_TASK):
         above = above.replace(ours[name], theirs[name])
     return above + harness
+
+
+def task_of(script):
+    return next((task for task in TASKS if task in script), None)
 
 
 def main():
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     if len(sys.argv) > 1:
-        model = texts[sys.argv[1]]
-        texts = {name: copy_from(model, text) for name, text in texts.items()}
+        model, task = texts[sys.argv[1]], task_of(sys.argv[1])
+        texts = {
+            name: copy_from(model, text, task == task_of(name)) for name, text in texts.items()
+        }
         for name, text in texts.items():
             (ROOT / name).write_text(text)
     found = differences(texts)

@@ -9,7 +9,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from scripts import EXPERT, SCRIPTS
+from scripts import SCRIPTS, TASKS
 
 
 class Payload:
@@ -75,90 +75,104 @@ def damage(request):
 
 # --- demonstrations -------------------------------------------------------------------------------
 
-GOOD = {  # three episodes of five steps
-    "observations": np.zeros((15, 4), np.float32),
-    "actions": np.tile([0, 1, 0], 5),
-    "episode_starts": np.arange(15) % 5 == 0,
-    "terminated": np.array([True, False, True]),
-    "rewards": np.ones(15, np.float32),
-    "metadata": np.array(json.dumps({"env_id": "CartPole-v1"})),
-}
+
+def good(task):
+    """Three episodes of five steps."""
+    actions = np.tile([0, 1, 0], 5).astype(task.action_dtype)
+    return {
+        "observations": np.zeros((15, *task.observation), np.float32),
+        "actions": np.ones((15, *task.action), task.action_dtype)
+        * actions.reshape(15, *[1] * len(task.action)),
+        "episode_starts": np.arange(15) % 5 == 0,
+        "terminated": np.array([True, False, True]),
+        "rewards": np.ones(15, np.float32),
+        "metadata": np.array(json.dumps({"env_id": task.env_id})),
+    }
 
 
-def changed(name, index, value):
-    """The array of that name with another value at an index."""
-    array = GOOD[name].copy()
-    array[index] = value
-    return {name: array}
+def bad(task):
+    """What is other than in good(task), and a word that the line must hold."""
+    arrays = good(task)
+    observations, actions, starts = (arrays[k] for k in list(arrays)[:3])
+
+    def changed(name, index, value):
+        array = arrays[name].copy()
+        array[index] = value
+        return {name: array}
+
+    return {
+        "observations of another shape": ({"observations": observations[:, :3]}, "(15, 3)"),
+        "one observation too few": ({"observations": observations[:14]}, "expected"),
+        "observations of another dtype": ({"observations": observations.astype(float)}, "float64"),
+        "observations without dimensions": ({"observations": np.float32(0)}, ""),
+        "actions of another shape": ({"actions": actions[..., None]}, "actions"),
+        "actions of another dtype": ({"actions": actions.astype(np.int16)}, "actions"),
+        "action too large": (changed("actions", 3, 2), "actions"),
+        "action too small": (changed("actions", 3, -2), "actions"),
+        "NaN": (changed("observations", (3, 1), np.nan), "observations"),
+        "infinity": (changed("observations", (3, 1), -np.inf), "observations"),
+        "NaN in the rewards": (changed("rewards", 3, np.nan), "rewards"),
+        "too few rewards": ({"rewards": np.ones(14, np.float32)}, "rewards"),
+        "starts that are numbers": ({"episode_starts": starts * 1}, "episode_starts"),
+        "no start in the first row": (changed("episode_starts", [0, 1], [False, True]), "episode"),
+        "no episode": ({n: arrays[n][:0] for n in arrays if n != "metadata"}, "episode"),
+        "one episode too many": ({"terminated": np.ones(4, bool)}, "terminated"),
+        "terminated in every row": ({"terminated": np.ones(15, bool)}, "terminated"),
+        "another environment": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
+        "metadata without environment": ({"metadata": "{}"}, "env_id"),
+        "metadata that is a list": ({"metadata": "[]"}, ""),
+        "metadata that is no JSON": ({"metadata": task.env_id}, ""),
+        **{f"no {name}": ({name: None}, name) for name in arrays if name != "rewards"},
+    }
 
 
-BAD = {  # what is other than in GOOD, and a word that the line must hold
-    "observations of another shape": ({"observations": np.zeros((15, 3), np.float32)}, "(15, 4)"),
-    "one observation too few": ({"observations": np.zeros((14, 4), np.float32)}, "expected"),
-    "observations of another dtype": ({"observations": np.zeros((15, 4))}, "float64"),
-    "observations without dimensions": ({"observations": np.float32(0)}, ""),
-    "actions of another shape": ({"actions": np.zeros((15, 1), int)}, "actions"),
-    "actions of another dtype": ({"actions": np.zeros(15, np.float32)}, "actions"),
-    "action too large": (changed("actions", 3, 2), "actions"),
-    "action too small": (changed("actions", 3, -1), "actions"),
-    "NaN": (changed("observations", (3, 1), np.nan), "observations"),
-    "infinity": (changed("observations", (3, 1), -np.inf), "observations"),
-    "NaN in the rewards": (changed("rewards", 3, np.nan), "rewards"),
-    "too few rewards": ({"rewards": np.ones(14, np.float32)}, "rewards"),
-    "starts that are numbers": ({"episode_starts": GOOD["episode_starts"] * 1}, "episode_starts"),
-    "no start in the first row": (changed("episode_starts", [0, 1], [False, True]), "episode"),
-    "no episode": ({n: GOOD[n][:0] for n in GOOD if n != "metadata"}, "episode"),
-    "one episode too many": ({"terminated": np.ones(4, bool)}, "terminated"),
-    "terminated in every row": ({"terminated": np.ones(15, bool)}, "terminated"),
-    "another environment": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
-    "metadata without environment": ({"metadata": "{}"}, "env_id"),
-    "metadata that is a list": ({"metadata": "[]"}, ""),
-    "metadata that is no JSON": ({"metadata": "CartPole-v1"}, ""),
-    **{f"no {name}": ({name: None}, name) for name in GOOD if name != "rewards"},
-}
+GOOD, BAD = good(TASKS["cartpole"]), bad(TASKS["cartpole"])  # the names are the same for all tasks
 
 
-def save(path, **changes):
-    arrays = {name: array for name, array in {**GOOD, **changes}.items() if array is not None}
-    np.savez(path, **arrays)
+def save(path, task, **changes):
+    arrays = {**good(task), **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
 
 def test_good_demonstrations_are_accepted(script, tmp_path):
     """Otherwise the tests below would show nothing."""
-    episodes = script.module.read_demos(save(tmp_path / "good.npz"), "CartPole-v1")
+    path = save(tmp_path / "good.npz", script.task)
+    episodes = script.module.read_demos(path, script.task.env_id)
     assert [len(episode["actions"]) for episode in episodes] == [5, 5, 5]
 
 
 def test_damaged_demonstrations(script, damage, tmp_path, refused):
-    damage(save(tmp_path / "demos.npz"))
+    damage(save(tmp_path / "demos.npz", script.task))
     argv = script.argv(tmp_path / "runs" / "run", "--demos", tmp_path / "demos.npz")
     refused(argv, tmp_path / "demos.npz")
 
 
-@pytest.mark.parametrize("changes, word", BAD.values(), ids=BAD)
-def test_bad_demonstrations(script, changes, word, tmp_path, refused):
-    path = save(tmp_path / "demos.npz", **changes)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_demonstrations(script, name, tmp_path, refused):
+    changes, word = bad(script.task)[name]
+    path = save(tmp_path / "demos.npz", script.task, **changes)
     refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path, word)
 
 
 @pytest.mark.parametrize("name", [*GOOD, "something else"])
 def test_demonstrations_that_hold_objects(script, name, tmp_path, refused):
     objects = np.array([Payload(tmp_path / "canary")] * 15, object)
-    path = save(tmp_path / "demos.npz", **{name: objects})
+    path = save(tmp_path / "demos.npz", script.task, **{name: objects})
     refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path)
 
 
 def test_more_than_there_is(script, tmp_path, refused):
-    path = save(tmp_path / "demos.npz")
+    path = save(tmp_path / "demos.npz", script.task)
     argv = script.argv(tmp_path / "runs" / "run", "--demos", path)
     refused([*argv, "--num-demos", 4], "--num-demos 4", path, "3")
-    refused([*argv, "--num-pairs", 6], "--num-pairs 6", "5")
+    refused([*argv, "--num-demos", 1, "--num-pairs", 6], "--num-pairs 6", "5")
 
 
 def test_demonstrations_of_another_environment(script, tmp_path, refused):
-    argv = ["--env-id", "CartPole-v0", "--demos", EXPERT]
-    refused(script.argv(tmp_path / "runs" / "run", *argv), EXPERT, "CartPole-v0", "CartPole-v1")
+    (other,) = (task for task in TASKS.values() if task is not script.task)
+    argv = script.argv(tmp_path / "runs" / "run", "--demos", other.demos)
+    refused(argv, other.demos, other.env_id, script.task.env_id)
 
 
 # --- run folders ----------------------------------------------------------------------------------
@@ -177,7 +191,7 @@ def test_no_run_folder(script, tmp_path, refused):
     refused(["--resume", tmp_path / "nowhere"], tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused(["--resume", tmp_path / "empty"], tmp_path / "empty")
-    save(tmp_path / "demos.npz")
+    save(tmp_path / "demos.npz", script.task)
     refused(["--resume", tmp_path / "demos.npz"], tmp_path / "demos.npz")
 
 
@@ -235,6 +249,8 @@ def test_args_out_of_range(script, name, value, folder, capsys):
 def test_resumed_with_other_settings(script, flag, folder, refused):
     if flag.strip("-").replace("-", "_") not in json.loads((folder / "args.json").read_text()):
         pytest.skip(f"{script.script} has no {flag}")
+    if flag == "--env-id" and len(script.module.TASKS) < 2:
+        pytest.skip(f"{script.script} has one task")
     value = "CartPole-v0" if flag == "--env-id" else 5
     refused(["--resume", folder, script.budget, 2 * script.full, flag, value])
 
@@ -307,8 +323,8 @@ def test_policy_that_holds_no_dict(folder, refused):
 # --- flags ----------------------------------------------------------------------------------------
 
 
-def test_recorded_demonstrations_are_not_overwritten(tmp_path, refused):
-    save(tmp_path / "demos.npz")
+def test_recorded_demonstrations_are_not_overwritten(script, tmp_path, refused):
+    save(tmp_path / "demos.npz", script.task)
     refused(["--record-demos", tmp_path / "demos.npz"], tmp_path / "demos.npz")
 
 

@@ -5,7 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
-from scripts import ROOT, linear_rule, same
+from scripts import ROOT, TASKS, a_good_expert, linear_rule, same
 
 FILES = sorted((ROOT / "experts").glob("*.npz"))
 
@@ -23,11 +23,11 @@ def test_shipped_demonstrations(script, path):
     env_id = path.stem.split("_")[0]
     if env_id not in script.module.TASKS:
         pytest.skip(f"{script.script} does not know {env_id}")
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 400_000
     episodes = script.module.read_demos(path, env_id)
     assert len(episodes) == 30
-    returns = [episode["rewards"].sum() for episode in episodes]
-    assert np.mean(returns) >= script.module.TASKS[env_id]
+    score = script.module.statistics(episodes)[script.module.METRIC]
+    assert score >= script.module.TASKS[env_id]
     for episode in episodes:
         assert len(episode["observations"]) == len(episode["actions"]) == len(episode["rewards"])
         if "CartPole" in env_id:  # there the limit ends an episode, not the pole
@@ -57,37 +57,45 @@ def test_where_all_are_learnt_from_none_is_held_out(script):
 
 def test_num_pairs(script):
     """So many pairs of each episode, at random, none of them twice and none of them broken."""
-    (demo,), (*others,), _ = script.module.load_demos(parse(script, "--num-pairs", 30))
+    (demo,), (*others,), _ = script.module.load_demos(
+        parse(script, "--num-demos", 1, "--num-pairs", 30)
+    )
     observations, actions = script.module.tensors([demo])
-    assert observations.shape == (30, 4) and actions.shape == (30,)
+    assert observations.shape == (30, *script.task.observation)
+    assert actions.shape == (30, *script.task.action)
     assert len(observations.unique(dim=0)) == 30
     (source,) = [e for e in others if (e["observations"] == demo["observations"][0]).all(1).any()]
     for observation, action in zip(demo["observations"], demo["actions"]):
         (row,) = np.flatnonzero((source["observations"] == observation).all(1))
-        assert source["actions"][row] == action
+        assert np.array_equal(source["actions"][row], action)
 
 
 # --- making new ones ------------------------------------------------------------------------------
 
 
 def test_a_bad_expert_is_refused(script, tmp_path, monkeypatch, capsys):
-    always_left = lambda args: lambda observations: np.zeros(len(observations), int)  # noqa: E731
-    monkeypatch.setattr(script.module, "make_expert", always_left)
+    def always_right(observations):
+        return np.ones((len(observations), *script.task.action), script.task.action_dtype)
+
+    monkeypatch.setattr(script.module, "make_expert", lambda args: always_right)
     path = tmp_path / "new" / "demos.npz"
     assert script.module.main(["--record-demos", str(path)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "expert" in line and "495" in line
+    assert "expert" in line and str(script.module.TASKS[script.task.env_id]) in line
     assert not list(tmp_path.iterdir())
 
 
 def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
     module, path = script.module, tmp_path / "new" / "demos.npz"
-    monkeypatch.setattr(module, "make_expert", lambda args: linear_rule)
+    if script.script == "gail_racecar_reinforce":
+        pytest.skip("the same text as gail_racecar_ppo's, and two hundred laps take long")
+    make_expert, env_id = a_good_expert(script.task), script.task.env_id
+    monkeypatch.setattr(module, "make_expert", make_expert)
     assert module.main(["--record-demos", str(path)]) == 0
     assert [p.name for p in path.parent.iterdir()] == ["demos.npz"]
-    recorded = module.read_demos(path, "CartPole-v1")
+    recorded = module.read_demos(path, env_id)
     seed = module.EVALUATION_SEEDS - 1_000
-    played = module.play(linear_rule, "CartPole-v1", 100, seed)[:30]
+    played = module.play(make_expert(None), env_id, 100, seed)[:30]
     assert len(recorded) == 30
     for ours, theirs in zip(recorded, played):
         assert ours["terminated"] == theirs["terminated"]
@@ -97,6 +105,8 @@ def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
 
 def test_missing_demonstrations_are_made_once(script, tmp_path, monkeypatch, quick):
     """Where none are shipped, they are kept in the folder of the runs."""
+    if script.task is TASKS["racecar"]:
+        pytest.skip("the same text as in the CartPole scripts, and a hundred laps take long")
     monkeypatch.setattr(script.module, "DEMOS", "new_{env_id}_{expert}.npz")
     monkeypatch.setattr(script.module, "make_expert", lambda args: linear_rule)
     policy = script.run(tmp_path / "first")

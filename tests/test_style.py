@@ -21,6 +21,7 @@ COMMON_FLAGS = {
 }
 GAIL_FLAGS = {"--num-envs", "--total-steps", "--bc-updates", "--control"}
 INDIRECT = {  # no script imports these by name
+    "pybullet": "racecar_env",
     "moviepy": "Gymnasium's RecordVideo",
     "rich": "stable-baselines3's progress bar",
     "tensorboard": "torch.utils.tensorboard",

@@ -1,0 +1,982 @@
+"""GAIL on the race car: learn to drive to the finish from a few laps, without ever seeing a reward.
+
+Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476,
+Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
+    1. roll out the policy and keep its (state, action) pairs,
+    2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
+    3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
+    4. take one step of policy gradient on that reward: no ratio, no clip, no trust region.
+
+    python gail_racecar_reinforce.py --total-steps 20000      a look around: a few seconds
+    python gail_racecar_reinforce.py                          the default run
+    python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.12"
+# dependencies = [
+#     "gymnasium>=1.1,<2",
+#     "matplotlib>=3.8",
+#     "moviepy>=2",
+#     "numpy>=1.26",
+#     "pybullet",
+#     "tensorboard>=2.16",
+#     "torch==2.13.0",
+#     "tqdm>=4.66",
+# ]
+# ///
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import RecordVideo
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributions import Independent, Normal
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from racecar_env import RaceCarVectorEnv, WaypointController, progress
+
+TASKS = {"RaceCar-v0": 0.95}  # solved from this METRIC on
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 100_000
+EVAL_ENVS, NUM_DEMOS = 10, 4
+DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
+SCHEDULE, FINAL_LR = 3_000_000, 0.05  # the step sizes fall over so many steps, to this share
+CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
+
+
+def add_settings(parser):
+    flag = parser.add_argument_group("expert").add_argument
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
+    flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
+    flag = parser.add_argument_group("policy").add_argument
+    flag("--total-steps", type=number(int, 1), default=SCHEDULE, help="environment steps")
+    flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
+    flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
+    flag("--policy-lr", type=number(float, 0), default=3e-3, help="step size of Adam")
+    flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
+    flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
+    flag("--std", type=number(float, 0.01), default=0.3, help="of the untrained policy's actions")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
+    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
+    flag("--epochs", type=number(int, 1), default=5, help="passes of the critic over each rollout")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
+    flag("--entropy", type=number(float, 0), default=0.0, help="weight of the policy's entropy")
+    flag = parser.add_argument_group("discriminator").add_argument
+    forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar.md compares them"
+    flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
+    absorbing = "let D value the state after an end; otherwise its value is 0"
+    flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
+    flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
+    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
+    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
+    remember = "pairs of every rollout that D keeps seeing; 0: it forgets its earlier lessons"
+    flag("--memory", type=number(int, 0), default=64, help=remember)
+    flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def features(observations):
+    """(..., 9) -> (..., 10). Metres are halved, no more: by the corridor's length, corners blur."""
+    place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
+    return torch.cat([place / 2, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
+
+
+def mlp(*sizes):
+    """Linear layers with tanh between them: (..., sizes[0]) -> (..., sizes[-1])."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Policy(nn.Module):
+    """CHANGE ME: a Gaussian in [-1, 1]; observations (..., 9) -> a distribution over (2,)."""
+
+    def __init__(self, hidden, std=0.3):
+        super().__init__()
+        self.settings = {"hidden": hidden}
+        self.network = mlp(10, hidden, hidden, 2)
+        self.log_std = nn.Parameter(torch.full((2,), math.log(std)))
+
+    def forward(self, observations):
+        mean = self.network(features(observations))
+        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), 1)
+
+    @torch.no_grad()
+    def act(self, observations):
+        """The mean actions, NumPy in and out: (batch, 9) -> (batch, 2)."""
+        return to_box(self(torch.as_tensor(observations, device=self.log_std.device)).mean)
+
+
+class Critic(nn.Module):
+    """The value of observations: (..., 9) -> (...)."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.network = mlp(10, hidden, hidden, 1)
+
+    def forward(self, observations):
+        return self.network(features(observations)).squeeze(-1)
+
+
+class Discriminator(nn.Module):
+    """Logits of D, "this pair is the expert's", of standardised pairs: (..., size) -> (...)."""
+
+    def __init__(self, hidden, mean, std):
+        super().__init__()
+        self.network = mlp(len(mean), hidden, hidden, 1)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, pairs):
+        return self.network(self.standardise(pairs)).squeeze(-1)
+
+    def standardise(self, pairs):
+        return (pairs - self.mean) / self.std
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+LOW, HIGH = np.array([[-1, 0], [1, 1]], np.float32)  # of steering and throttle
+
+
+def to_box(actions):
+    """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2)."""
+    return LOW + (HIGH - LOW) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
+
+
+def from_box(actions):
+    """The way back: (..., 2) -> (..., 2)."""
+    low, high = torch.as_tensor(LOW), torch.as_tensor(HIGH)
+    return 2 * (actions - low) / (high - low) - 1
+
+
+def make_pairs(observations, actions):
+    """(..., 9), (..., 2) -> (..., 13): features, the executed action, 0 for "not absorbing"."""
+    actions = actions.clamp(-1, 1)
+    return torch.cat([features(observations), actions, torch.zeros_like(actions[..., :1])], -1)
+
+
+def absorbing_pair(pairs):
+    """The pair that stands for an episode that has ended by itself, only the flag: (1, size)."""
+    return torch.eye(pairs.shape[-1], device=pairs.device)[-1:]
+
+
+def add_absorbing_pairs(pairs, ends, gamma):
+    """One absorbing pair for each discounted step after an end: (n, size) -> (n + more, size).
+
+    DEVIATION: DAC (Kostrikov et al. 2019) adds one an end; this is its share of the occupancy."""
+    rows = round(float(ends) / (1 - gamma))
+    return torch.cat([pairs, absorbing_pair(pairs).expand(rows, -1)])
+
+
+def discriminator_loss(expert_logits, policy_logits):
+    """Binary cross-entropy, expert = 1 (eq. 17 with the labels exchanged): (batch,) twice -> ()."""
+    return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
+
+
+def gradient_penalty(discriminator, expert_pairs, policy_pairs):
+    """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
+
+    Absorbing pairs are exempt: near to the expert's they would be held close to its logit. -> ()"""
+    mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
+    between = mix * expert_pairs + (1 - mix) * policy_pairs
+    between = discriminator.standardise(between).requires_grad_()
+    logits = discriminator.network(between)
+    (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
+    real = between[:, -1].detach() == 0
+    return ((gradient.norm(dim=-1) - 1).square() * real).mean()
+
+
+def imitation_reward(logits, form):
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...)."""
+    if form == "gail":
+        return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
+    if form == "logd":
+        return F.logsigmoid(logits)  # log D, below 0: favours short ones
+    return logits  # log D - log(1 - D), of either sign (Fu et al. 2018)
+
+
+def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
+    """GAE (Schulman et al. 2016, eq. 16); all of them (num_steps, num_envs).
+
+    `next_values`: of the state that a step leads to, also where the episode is truncated there;
+    where it terminates, 0 or the absorbing state's."""
+    errors = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for step in reversed(range(len(rewards))):
+        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantages[step] = advantage
+    return advantages
+
+
+def reinforce_loss(log_probs, advantages):
+    """Its gradient is minus the policy gradient (Williams 1992, a baseline): (batch,) -> ()."""
+    return -(log_probs * advantages).mean()
+
+
+def behavioural_cloning_loss(policy, observations, actions):
+    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ()."""
+    return -policy(observations).log_prob(actions).mean()
+
+
+# --- environment and expert -----------------------------------------------------------------------
+
+
+def make_envs(env_id, num_envs):
+    """CHANGE ME: the task. These cars rest when their episode is over, until they are reset."""
+    return RaceCarVectorEnv(num_envs)
+
+
+class Cars:
+    """Race cars in mid-episode, and all that a checkpoint has to know of them."""
+
+    def __init__(self, env_id, num_envs):
+        self.envs = make_envs(env_id, num_envs)
+
+    def reset(self, seed):
+        self.observations, _ = self.envs.reset(seed=seed)
+        self.histories = [[] for _ in self.envs.envs]  # the actions since
+
+    def step(self, actions):
+        """One transition of each, and one that leads to an end leads to no reset frame."""
+        observations = self.observations
+        next_observations, _, terminated, truncated, _ = self.envs.step(actions)
+        self.observations, done = next_observations, terminated | truncated
+        for history, action in zip(self.histories, actions):
+            history.append(action)
+        ended = [self.describe(i, terminated[i]) for i in np.flatnonzero(done)]
+        if ended:
+            self.observations, _ = self.envs.reset(options={"reset_mask": done})
+            for i in np.flatnonzero(done):
+                self.histories[i] = []
+        return (observations, next_observations, terminated, truncated), ended
+
+    def describe(self, i, terminated):
+        """Of the episode that car i has just ended, for the log: steps, progress, finish, wall."""
+        length, way = len(self.histories[i]), progress(self.observations[i])
+        return length, way, float(terminated and way == 1), float(terminated and way < 1)
+
+    def state_dict(self):
+        episodes = zip(self.envs.envs, self.histories)
+        return {
+            "episodes": [
+                (env.np_random_seed, torch.tensor(np.reshape(actions, (-1, 2)).astype(np.float32)))
+                for env, actions in episodes
+            ]
+        }
+
+    def load_state_dict(self, state):
+        """Drive every car's episode once more up to where it was."""
+        self.reset(0)
+        for i, (seed, actions) in enumerate(state["episodes"]):
+            self.observations[i], _ = self.envs.envs[i].reset(seed=seed)
+            self.histories[i] = list(actions.numpy())
+            for action in self.histories[i]:
+                self.observations[i] = self.envs.envs[i].step(action)[0]
+
+
+@torch.no_grad()
+def rollout(cars, policy, num_steps, device):
+    """`num_steps` transitions of each car, a dict of (num_steps, num_envs, ...), and what ended."""
+    frames, ended = [], []
+    for _ in range(num_steps):
+        actions = policy(torch.as_tensor(cars.observations, device=device)).sample()
+        frame, ends = cars.step(to_box(actions))
+        frames.append((*frame, actions.cpu().numpy()))
+        ended += ends
+    names = ("observations", "next_observations", "terminated", "truncated", "actions")
+    columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
+    return dict(zip(names, columns)), ended
+
+
+def make_expert(args):
+    """The waypoint controller, at throttle 0.5, with noise of 0.1 on both actions."""
+    controller, random = WaypointController(0.5), np.random.default_rng(0)
+
+    def act(observations):
+        actions = np.stack([controller(observation) for observation in observations])
+        noisy = actions + 0.1 * random.standard_normal(actions.shape)
+        return np.clip(noisy, LOW, HIGH).astype(np.float32)
+
+    return act
+
+
+# --- the algorithm --------------------------------------------------------------------------------
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+class Memory:
+    """Some pairs of every rollout. Without them D forgets the mistakes that it no longer sees."""
+
+    def __init__(self, empty):
+        self.pairs = empty  # (0, size of a pair)
+
+    def add(self, pairs, number):
+        self.pairs = torch.cat([self.pairs, pairs[torch.randperm(len(pairs))[:number]]])
+
+    def state_dict(self):
+        return {"pairs": self.pairs}
+
+    def load_state_dict(self, state):
+        self.pairs = state["pairs"].to(self.pairs.device)
+
+
+def minibatch(pairs, number):
+    return pairs[torch.randint(len(pairs), (number,))]
+
+
+def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, memory, args):
+    """Step 2, --discriminator-updates times; half of the policy's pairs are the memory's."""
+    total, batch = 0.0, args.discriminator_batch
+    old = batch // 2 if len(memory.pairs) else 0
+    for _ in range(args.discriminator_updates):
+        expert = minibatch(expert_pairs, batch)  # (batch, size of a pair)
+        learner = minibatch(policy_pairs, batch - old)
+        if old:
+            learner = torch.cat([learner, minibatch(memory.pairs, old)])
+        loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
+        penalty = gradient_penalty(discriminator, expert, learner)
+        descend(optimizer, loss + args.gradient_penalty * penalty)
+        total += loss.detach()
+    return {"losses/discriminator": float(total) / max(args.discriminator_updates, 1)}
+
+
+def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
+    """Step 4: one step of the policy on the whole rollout, many of the baseline on minibatches."""
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    distribution = policy(observations)
+    log_probs = distribution.log_prob(actions)
+    policy_loss = reinforce_loss(log_probs, advantages)
+    entropy = distribution.entropy().mean()
+    descend(optimizer, policy_loss - args.entropy * entropy)
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(actions)).split(args.minibatch_size):
+            value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
+            descend(optimizer, value_loss)
+    with torch.no_grad():
+        log_ratio = policy(observations).log_prob(actions) - log_probs
+    return {
+        "losses/policy": float(policy_loss.detach()),
+        "losses/value": float(value_loss.detach()),
+        "losses/entropy": float(entropy.detach()),
+        "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
+    }
+
+
+def diagnose(scalars):
+    """What a person should know of the discriminator, from the last of the logged scalars."""
+    if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
+        return "the reward is nearly constant: the policy learns from surviving"
+    if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
+        return "the discriminator is saturated: it tells all pairs apart"
+    return ""
+
+
+def train(args):
+    """Run the algorithm; returns what summary.json holds."""
+    run = Run(args)
+    observations, actions = tensors(run.demos)
+    observations, actions = observations.to(args.device), from_box(actions).to(args.device)
+    policy = Policy(args.hidden, args.std).to(args.device)
+    critic = Critic(args.hidden).to(args.device)
+    shuffled = args.control == "shuffled-expert"
+    rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
+    expert_pairs = make_pairs(observations, actions[rows])  # (pairs, 13)
+    scale = torch.zeros(13), torch.ones(13)  # features() has scaled them
+    discriminator = Discriminator(args.hidden, *scale).to(args.device)
+    absorbing = args.absorbing and args.control != "constant-reward"
+    if absorbing:
+        ends = sum(episode["terminated"] for episode in run.demos)
+        expert_pairs = add_absorbing_pairs(expert_pairs, ends, args.gamma)
+    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    discriminator_optimizer = torch.optim.Adam(
+        discriminator.parameters(), args.discriminator_lr, fused=True
+    )
+    memory = Memory(expert_pairs[:0])
+    cars = Cars(args.env_id, args.num_envs)
+    cars.reset(args.seed * 1_000)
+    optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+    networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
+    run.start(**networks, **optimizers, cars=cars, memory=memory)
+    if run.count["env_steps"] == 0:
+        for _ in range(args.bc_updates):
+            rows = torch.randint(len(actions), (64,))
+            descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+
+    while not run.finished:
+        left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
+        for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
+            group["lr"] = learning_rate * left
+
+        batch, ended = rollout(cars, policy, args.num_steps, args.device)
+        run.count["env_steps"] += args.num_steps * args.num_envs
+        run.count["updates"] += 1
+
+        pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 13)
+        policy_pairs = pairs.flatten(0, 1)
+        if absorbing:
+            policy_pairs = add_absorbing_pairs(policy_pairs, batch["terminated"].sum(), args.gamma)
+        losses = {}
+        if args.control not in ("constant-reward", "frozen-discriminator"):
+            memory.add(policy_pairs, args.memory)
+            losses = update_discriminator(
+                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, memory, args
+            )
+
+        with torch.no_grad():
+            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            rewards = imitation_reward(logits, args.reward)
+            absorbing_value = torch.zeros((), device=args.device)
+            if absorbing:
+                logit = discriminator(absorbing_pair(expert_pairs))
+                absorbing_value = imitation_reward(logit, args.reward) / (1 - args.gamma)
+            if args.control == "constant-reward":
+                rewards = torch.ones_like(rewards)
+            values = critic(batch["observations"])  # (num_steps, num_envs)
+            next_values = critic(batch["next_observations"])
+            next_values = torch.where(batch["terminated"], absorbing_value, next_values)
+            done = batch["terminated"] | batch["truncated"]
+            advantages = generalized_advantages(
+                rewards, values, next_values, done, args.gamma, args.gae_lambda
+            )
+        columns = (batch["observations"], batch["actions"], advantages, advantages + values)
+        columns = (column.flatten(0, 1) for column in columns)
+        losses |= update_policy(policy, critic, optimizer, *columns, args)
+
+        scalars = {
+            **losses,
+            "charts/speed": float(batch["observations"][..., 2:4].norm(dim=-1).mean()),
+            "discriminator/accuracy_expert": float((expert_logits > 0).float().mean()),
+            "discriminator/accuracy_policy": float((logits < 0).float().mean()),
+            "discriminator/reward_mean": float(rewards.mean()),
+            "discriminator/reward_std": float(rewards.std()),
+        }
+        if ended:
+            names = ("episodic_length", "progress", "ended_at_finish", "ended_at_wall")
+            means = np.mean(ended, 0).tolist()
+            scalars |= {f"charts/{name}": mean for name, mean in zip(names, means)}
+        run.record(scalars, policy)
+    return run.finish(policy, diagnose(run.curve[-1]))
+
+
+# ==================================================================================================
+# The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
+# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
+# BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy, make_envs, make_expert and
+# train.
+# ==================================================================================================
+
+SCRIPT = Path(__file__).stem
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+MAY_CHANGE = (  # beside --resume
+    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
+    *("out", "device", "num_threads", "no_progress"),
+)
+
+
+class BadInput(Exception):
+    """Something that a person can mend: one line on stderr, exit status 2."""
+
+
+class Failed(Exception):
+    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float of [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
+    add_settings(parser)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag(
+        "--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new expert's)"
+    )
+    flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
+    flag(
+        "--num-pairs", type=number(int, 1), help="keep so many random pairs of each (default: all)"
+    )
+    flag(
+        "--record-demos", metavar="FILE", help="train an expert, write its episodes there and stop"
+    )
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
+    flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
+    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
+    flag("--render", action="store_true", help="at the end, three episodes in a window")
+    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
+    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
+        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
+        script = saved.pop("script", None)
+        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
+        settings = []  # as flags once more, so that argparse checks them
+        for name, value in saved.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                word = f"--{'' if value else 'no-'}{flag}"
+                settings += [word] * (value != parser.get_default(name))
+            elif value is not None:
+                settings.append(f"--{flag}={value}")
+        resume, before = args.resume, vars(parser.parse_args(settings))
+        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
+        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
+        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    return args
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def read(path, reader):
+    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    try:
+        return reader(Path(path))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
+        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def write(path, writer):
+    """Let `writer(file)` write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def read_demos(path, env_id):
+    """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
+    members = zipfile.ZipFile(path).infolist()
+    check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
+    check(
+        needed <= arrays.keys(), f"no {sorted(needed - arrays.keys())}, expected {sorted(needed)}"
+    )
+    recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
+    check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
+    env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
+    expected = {
+        "observations": (np.float32, (size, *env.observation_space.shape)),
+        "actions": (env.action_space.dtype, (size, *env.action_space.shape)),
+        "episode_starts": (bool, (size,)),
+        "terminated": (bool, (np.count_nonzero(starts),)),
+        "rewards": (np.float32, (size,)),
+    }
+    for name in expected.keys() & arrays.keys():
+        found, (dtype, shape) = arrays[name], expected[name]
+        message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
+        check(found.dtype == dtype and found.shape == shape, message)
+        check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
+    check(size and starts[0], "no episode that starts in the first row, expected one")
+    valid = batch_space(env.action_space, size).contains(arrays["actions"])
+    check(valid, f"actions out of range, expected {env.action_space}")
+    cuts = np.flatnonzero(starts)[1:]
+    parts = [np.split(arrays[name], cuts) for name in ("observations", "actions")]
+    no_rewards = [None] * (len(cuts) + 1)
+    parts.append(np.split(arrays["rewards"], cuts) if "rewards" in arrays else no_rewards)
+    names = ("observations", "actions", "rewards", "terminated")
+    return [dict(zip(names, episode)) for episode in zip(*parts, arrays["terminated"])]
+
+
+def record_demos(path, args):
+    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    check(not path.exists(), f"{path}: exists already, expected a new file")
+    print(f"{SCRIPT}.py: making an expert for {path}", file=sys.stderr)
+    episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
+    score = statistics(episodes)
+    if score[METRIC] < TASKS[args.env_id]:
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+    kept = episodes[:RECORDED]
+    names = ("observations", "actions", "rewards")
+    arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
+    arrays["rewards"] = arrays["rewards"].astype(np.float32)
+    arrays["terminated"] = np.array([episode["terminated"] for episode in kept])
+    arrays["episode_starts"] = np.concatenate([np.arange(len(e["rewards"])) == 0 for e in kept])
+    about = {"env_id": args.env_id, "expert": DEMOS.format(**vars(args)), "score": score}
+    arrays["metadata"] = json.dumps({**about, "versions": versions()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def load_demos(args):
+    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    name = DEMOS.format(**vars(args))
+    shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
+    path = Path(args.demos or (shipped if shipped.exists() else made))
+    if not args.demos and not path.exists():
+        record_demos(path, args)
+    episodes = read(path, lambda path: read_demos(path, args.env_id))
+    many = args.num_demos
+    check(many <= len(episodes), f"--num-demos {many}: {path} holds {len(episodes)}")
+    cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
+    rng = np.random.default_rng(args.seed)
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
+    for episode in chosen if args.num_pairs else []:
+        length = len(episode["actions"])
+        check(args.num_pairs <= length, f"--num-pairs {args.num_pairs}: an episode has {length}")
+        rows = rng.choice(length, args.num_pairs, replace=False)
+        episode.update({k: episode[k][rows] for k in ("observations", "actions")})
+    return chosen, episodes[:cut], episodes[cut:]
+
+
+def play(act, env_id, episodes, seed):
+    """The first episode of each of many environments, so that short ones are not preferred.
+
+    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    played = []
+    while len(played) < episodes:
+        envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
+        envs.action_space.seed(seed + len(played))
+        observations, _ = envs.reset(seed=seed + len(played))
+        running, frames = np.ones(envs.num_envs, bool), []
+        while running.any():
+            actions = act(observations) if act else envs.action_space.sample()
+            frame = (running.copy(), observations, actions)
+            observations, rewards, terminated, truncated, _ = envs.step(actions)
+            frames.append((*frame, rewards, terminated))
+            running &= ~(terminated | truncated)
+        envs.close()
+        running, *columns = (np.stack(column, 1) for column in zip(*frames))
+        names = ("observations", "actions", "rewards", "terminated")
+        for i, steps in enumerate(running):
+            played.append({name: column[i, steps] for name, column in zip(names, columns)})
+            played[-1]["terminated"] = bool(played[-1]["terminated"][-1])
+    return played
+
+
+def statistics(episodes):
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
+    if METRIC == "success_rate":  # a task that pays for success alone
+        result["success_rate"] = float((returns > 0).mean())
+    return result
+
+
+def squared_energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def occupancy_distances(env_id, held_out, samples):
+    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    space = gym.make(env_id).action_space
+
+    def pairs(episodes):
+        observations, actions = tensors(episodes)
+        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        if isinstance(space, gym.spaces.Discrete):
+            actions = torch.eye(int(space.n))[actions]
+        return torch.cat([observations[rows], actions[rows]], -1).double()
+
+    expert = pairs(held_out)
+    mean, std = expert.mean(0), expert.std(0)
+    std = std.where(std > 0, 1.0)
+    distances = {
+        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
+        for name, episodes in samples.items()
+    }
+    return {name: distance / distances["random"] for name, distance in distances.items()}
+
+
+def tensors(episodes, device="cpu"):
+    """The observations and the actions of all episodes: (pairs, ...) both."""
+    names = ("observations", "actions")
+    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
+    return [torch.as_tensor(array, device=device) for array in arrays]
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+    }
+
+
+class Run:
+    """One run: its demonstrations, folder, log, curve, checkpoints and result."""
+
+    latest = None  # for the command that resumes it
+
+    def __init__(self, args):
+        began = time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.args, self.curve, self.seconds = args, [], 0.0
+        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
+        self.demos, self.others, self.held_out = load_demos(args)
+        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        if not args.resume:
+            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        torch.manual_seed(args.seed)
+        self.setup_seconds = time.perf_counter() - began
+
+    def start(self, **parts):
+        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        self.parts, args = parts, self.args
+        if args.resume:
+            read(self.folder / "checkpoint.pt", self.load)
+        else:
+            self.save()
+        Run.latest = self
+        now = self.count[CLOCK]
+        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
+        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+
+    def save(self):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
+        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        if self.args.device == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self, path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.__dict__.update(state["run"])
+        torch.set_rng_state(state["rng"])
+        if self.args.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    @property
+    def finished(self):
+        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+
+    def record(self, scalars, policy):
+        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        now, every = self.count[CLOCK], self.args.eval_every
+        self.seconds = time.perf_counter() - self.clock
+        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+            if tag.startswith("losses/") and not math.isfinite(value):
+                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+            self.log.add_scalar(tag, value, now)
+        due = self.finished or now // every > self.count["evaluated"] // every
+        if due:
+            result = self.evaluate(policy, 0)
+            self.count["evaluated"] = now
+            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
+            for name in ("return_mean", "return_std", "success_rate"):
+                if name in result:
+                    self.log.add_scalar(f"eval/{name}", result[name], now)
+            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
+        if due or time.perf_counter() - self.saved > 10:
+            self.save()
+            self.saved = time.perf_counter()
+        self.bar.update(now - self.bar.n)
+        self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
+
+    def evaluate(self, policy, offset):
+        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
+        self.played = play(policy.act, self.args.env_id, self.args.eval_episodes, seed)
+        return statistics(self.played)
+
+    def finish(self, policy, diagnosis=""):
+        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        args, folder, env_id = self.args, self.folder, self.args.env_id
+        self.bar.close()
+        self.log.close()
+        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
+        saved["weights"] = policy.state_dict()
+        write(folder / "policy.pt", lambda file: torch.save(saved, file))
+        learner = self.evaluate(policy, 500)
+        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
+        samples |= {"expert": self.others, "learner": self.played}
+        known = all(episode["rewards"] is not None for episode in self.others)
+        results = {"random": statistics(samples["random"]), "learner": learner}
+        results["expert"] = statistics(self.others + self.held_out) if known else None
+        distances = dict.fromkeys(results)
+        if self.held_out:
+            distances = occupancy_distances(env_id, self.held_out, samples)
+        for name, result in results.items():
+            if result:
+                result["occupancy_distance"] = distances[name]
+        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
+        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        if solved:
+            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
+        pairs = tensors(self.demos)
+        demos = {"episodes": len(self.demos), "pairs": len(pairs[1])}
+        demos["sha256"] = sha256(b"".join(x.numpy().tobytes() for x in pairs)).hexdigest()
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
+        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
+        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary |= {"demos": demos, "curve": self.curve}
+        summary["solved_at_env_steps"] = solved.get("env_steps")
+        summary["solved_at_seconds"] = solved.get("wall_seconds")
+        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        write_json(folder / "summary.json", summary)
+        draw(summary, folder / "learning_curve.png")
+        show(policy, args, folder)
+        for name in ("random", "expert", "learner"):
+            print(f"{name:8}{describe(results[name])}")
+        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        return summary
+
+
+def describe(result):
+    if result is None:
+        return "unknown: the demonstrations hold no rewards"
+    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
+    if "success_rate" in result:
+        text += f", success {result['success_rate']:.0%}"
+    distance = result.get("occupancy_distance")
+    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random as lines."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes, curve = figure.subplots(), summary["curve"]
+    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
+    axes.plot(x, y, "o-", markersize=3, label="learner")
+    for name, style in (("expert", "--"), ("random", ":")):
+        if summary[name]:
+            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
+    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
+    axes.legend()
+    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def show(policy, args, folder):
+    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
+        env = gym.make(args.env_id, render_mode=mode)
+        if mode == "rgb_array":
+            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
+        try:
+            for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+                (observation, _), over = env.reset(seed=seed), False
+                while not over:
+                    action = policy.act(observation[None])[0]
+                    observation, _, terminated, truncated, _ = env.step(action)
+                    over = terminated or truncated
+            env.close()
+        except Exception as error:  # no display, no encoder: each backend has errors of its own
+            raise Failed(f"showing the policy failed: {error}") from error
+
+
+def evaluate_file(args):
+    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
+
+    def load(path):
+        saved = torch.load(path, weights_only=True, map_location=args.device)
+        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        policy = Policy(**saved["network"]).to(args.device)
+        policy.load_state_dict(saved["weights"])
+        return saved["env_id"], policy
+
+    args.env_id, policy = read(args.evaluate, load)
+    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
+    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
+    write_json(folder / "evaluation.json", result)
+    show(policy, args, folder)
+    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        if args.record_demos:
+            record_demos(Path(args.record_demos), args)
+        elif args.evaluate:
+            evaluate_file(args)
+        else:
+            train(args)
+        return 0
+    except (BadInput, Failed, OSError) as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
