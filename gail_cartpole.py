@@ -357,15 +357,14 @@ def minibatch(pairs, number):
     return pairs[torch.randint(len(pairs), (number,))]
 
 
-def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, memory, args):
-    """Step 2, --discriminator-updates times; half of the policy's pairs are the memory's."""
-    total, batch = 0.0, args.discriminator_batch
-    old = batch // 2 if len(memory.pairs) else 0
+def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
+    """Step 2, --discriminator-updates times; returns what to log.
+
+    sources: the policy's pairs, (pairs, size of a pair) each; each gives an equal part."""
+    total, share = 0.0, args.discriminator_batch // len(sources)
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, batch)  # (batch, size of a pair)
-        learner = minibatch(policy_pairs, batch - old)
-        if old:
-            learner = torch.cat([learner, minibatch(memory.pairs, old)])
+        expert = minibatch(expert_pairs, share * len(sources))
+        learner = torch.cat([minibatch(pairs, share) for pairs in sources])
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -464,9 +463,12 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            memory.add(policy_pairs, args.memory)
+            sources = [policy_pairs]
+            if args.memory:
+                memory.add(policy_pairs, args.memory)
+                sources.append(memory.pairs)
             losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, memory, args
+                discriminator, discriminator_optimizer, expert_pairs, sources, args
             )
 
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""GAIL on the race car: learn to drive to the finish from a few laps, without ever seeing a reward.
+"""GAIL on the race car: learn to drive to the finish from four laps, without ever seeing a reward.
 
 Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476,
 Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
@@ -7,9 +7,17 @@ Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
     3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
     4. take PPO's steps on that reward.
 
-    python gail_racecar_ppo.py --total-steps 20000      a look around: a few seconds
-    python gail_racecar_ppo.py                          the default run
+    python gail_racecar_ppo.py --total-steps 20000      a look around: ten seconds of training
+    python gail_racecar_ppo.py                          the default run: some minutes
     python gail_racecar_ppo.py --resume runs/FOLDER     go on where a run stopped
+
+Needs racecar_env.py beside it. Expect nearly every lap to reach the finish at the end of the
+default run; docs/gail_racecar_ppo.md has the results, and what each of the choices below is for.
+
+Deviations from the paper: (1) PPO in place of TRPO; (2) a gradient penalty on D; (3) absorbing
+states: what follows an end is imitated too, so that crashing is not merely the end of the pay;
+(4) a standard deviation of the actions that falls on schedule in place of an entropy bonus; (5) a
+choice of reward forms; the paper's is `gail`.
 """
 
 # /// script
@@ -58,7 +66,10 @@ TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 25_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to this share
+SCHEDULE, FINAL_LR = 400_000, 0.05  # the step sizes fall over so many steps, to this share
+STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
+# What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
+UNITS = [0.2, 0.2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.6, 0.6, 0.25]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -73,23 +84,19 @@ def add_settings(parser):
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
-    flag("--std", type=number(float, 0.01), default=0.3, help="of the untrained policy's actions")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="1: Monte Carlo")
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.98, help="1: Monte Carlo")
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--entropy", type=number(float, 0), default=0.0, help="weight of the policy's entropy")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    absorbing = "let D value the state after an end; otherwise its value is 0"
-    flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
+    absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
+    flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
     flag("--discriminator-updates", type=number(int, 0), default=40, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
-    remember = "pairs of every rollout that D keeps seeing; 0: it forgets its earlier lessons"
-    flag("--memory", type=number(int, 0), default=64, help=remember)
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
 
 
@@ -97,7 +104,9 @@ def add_settings(parser):
 
 
 def features(observations):
-    """(..., 9) -> (..., 10). Metres are halved, no more: by the corridor's length, corners blur."""
+    """(..., 9) -> (..., 10): the angle as sine and cosine, all of them of the size of 1.
+
+    Metres are halved and no more: divided by the track's length, its corners blur."""
     place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
     return torch.cat([place / 2, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
 
@@ -113,20 +122,20 @@ def mlp(*sizes):
 class Policy(nn.Module):
     """CHANGE ME: a Gaussian in [-1, 1]; observations (..., 9) -> a distribution over (2,)."""
 
-    def __init__(self, hidden, std=0.3):
+    def __init__(self, hidden):
         super().__init__()
         self.settings = {"hidden": hidden}
         self.network = mlp(10, hidden, hidden, 2)
-        self.log_std = nn.Parameter(torch.full((2,), math.log(std)))
+        self.register_buffer("std", torch.tensor(STD))
 
     def forward(self, observations):
         mean = self.network(features(observations))
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), 1)
+        return Independent(Normal(mean, self.std.expand_as(mean), validate_args=False), 1)
 
     @torch.no_grad()
     def act(self, observations):
         """The mean actions, NumPy in and out: (batch, 9) -> (batch, 2)."""
-        return to_box(self(torch.as_tensor(observations, device=self.log_std.device)).mean)
+        return to_box(self(torch.as_tensor(observations, device=self.std.device)).mean)
 
 
 class Critic(nn.Module):
@@ -179,17 +188,19 @@ def make_pairs(observations, actions):
     return torch.cat([features(observations), actions, torch.zeros_like(actions[..., :1])], -1)
 
 
-def absorbing_pair(pairs):
-    """The pair that stands for an episode that has ended by itself, only the flag: (1, size)."""
-    return torch.eye(pairs.shape[-1], device=pairs.device)[-1:]
+def absorbing_pairs(pairs):
+    """What follows for ever where these were an episode's last: the place, no action, the flag.
+
+    DEVIATION: DAC's absorbing state (Kostrikov et al. 2019) is the same after every end. This one
+    remembers where, so that D can tell the finish from a wall. (..., 13) -> (..., 13)"""
+    absorbing = pairs.clone()
+    absorbing[..., 10:12], absorbing[..., 12] = 0, 1
+    return absorbing
 
 
-def add_absorbing_pairs(pairs, ends, gamma):
-    """One absorbing pair for each discounted step after an end: (n, size) -> (n + more, size).
-
-    DEVIATION: DAC (Kostrikov et al. 2019) adds one an end; this is its share of the occupancy."""
-    rows = round(float(ends) / (1 - gamma))
-    return torch.cat([pairs, absorbing_pair(pairs).expand(rows, -1)])
+def add_absorbing_pairs(pairs, last, gamma):
+    """Each counts as the 1 / (1 - gamma) discounted steps it stands for: (n, 13), (ends, 13)."""
+    return torch.cat([pairs, absorbing_pairs(last).repeat(round(1 / (1 - gamma)), 1)])
 
 
 def discriminator_loss(expert_logits, policy_logits):
@@ -200,14 +211,13 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
 
-    Absorbing pairs are exempt: near to the expert's they would be held close to its logit. -> ()"""
+    -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = mix * expert_pairs + (1 - mix) * policy_pairs
     between = discriminator.standardise(between).requires_grad_()
     logits = discriminator.network(between)
     (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
-    real = between[:, -1].detach() == 0
-    return ((gradient.norm(dim=-1) - 1).square() * real).mean()
+    return (gradient.norm(dim=-1) - 1).square().mean()
 
 
 def imitation_reward(logits, form):
@@ -335,35 +345,18 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-class Memory:
-    """Some pairs of every rollout. Without them D forgets the mistakes that it no longer sees."""
-
-    def __init__(self, empty):
-        self.pairs = empty  # (0, size of a pair)
-
-    def add(self, pairs, number):
-        self.pairs = torch.cat([self.pairs, pairs[torch.randperm(len(pairs))[:number]]])
-
-    def state_dict(self):
-        return {"pairs": self.pairs}
-
-    def load_state_dict(self, state):
-        self.pairs = state["pairs"].to(self.pairs.device)
-
-
 def minibatch(pairs, number):
     return pairs[torch.randint(len(pairs), (number,))]
 
 
-def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, memory, args):
-    """Step 2, --discriminator-updates times; half of the policy's pairs are the memory's."""
-    total, batch = 0.0, args.discriminator_batch
-    old = batch // 2 if len(memory.pairs) else 0
+def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
+    """Step 2, --discriminator-updates times; returns what to log.
+
+    sources: the policy's pairs, (pairs, size of a pair) each; each gives an equal part."""
+    total, share = 0.0, args.discriminator_batch // len(sources)
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, batch)  # (batch, size of a pair)
-        learner = minibatch(policy_pairs, batch - old)
-        if old:
-            learner = torch.cat([learner, minibatch(memory.pairs, old)])
+        expert = minibatch(expert_pairs, share * len(sources))
+        learner = torch.cat([minibatch(pairs, share) for pairs in sources])
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -382,14 +375,13 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
             log_probs = new.log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            descend(optimizer, policy_loss + value_loss - args.entropy * new.entropy().mean())
+            descend(optimizer, policy_loss + value_loss)
     with torch.no_grad():
-        distribution = policy(observations)
-        log_ratio = distribution.log_prob(actions) - old_log_probs
+        log_ratio = policy(observations).log_prob(actions) - old_log_probs
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
-        "losses/entropy": float(distribution.entropy().mean()),
+        "losses/entropy": float(new.entropy().mean()),
         "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
     }
 
@@ -408,28 +400,28 @@ def train(args):
     run = Run(args)
     observations, actions = tensors(run.demos)
     observations, actions = observations.to(args.device), from_box(actions).to(args.device)
-    policy = Policy(args.hidden, args.std).to(args.device)
+    policy = Policy(args.hidden).to(args.device)
     critic = Critic(args.hidden).to(args.device)
     shuffled = args.control == "shuffled-expert"
     rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
     expert_pairs = make_pairs(observations, actions[rows])  # (pairs, 13)
-    scale = torch.zeros(13), torch.ones(13)  # features() has scaled them
+    scale = (torch.zeros(13), torch.tensor(UNITS))
     discriminator = Discriminator(args.hidden, *scale).to(args.device)
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
-        ends = sum(episode["terminated"] for episode in run.demos)
-        expert_pairs = add_absorbing_pairs(expert_pairs, ends, args.gamma)
+        last = np.cumsum([len(episode["actions"]) for episode in run.demos]) - 1
+        last = last[[episode["terminated"] for episode in run.demos]]
+        expert_pairs = add_absorbing_pairs(expert_pairs, expert_pairs[last], args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
-    memory = Memory(expert_pairs[:0])
     cars = Cars(args.env_id, args.num_envs)
     cars.reset(args.seed * 1_000)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
     networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
-    run.start(**networks, **optimizers, cars=cars, memory=memory)
+    run.start(**networks, **optimizers, cars=cars)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
             rows = torch.randint(len(actions), (64,))
@@ -439,6 +431,7 @@ def train(args):
         left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
+        policy.std.fill_(max(STD * left, FINAL_STD))
 
         batch, ended = rollout(cars, policy, args.num_steps, args.device)
         run.count["env_steps"] += args.num_steps * args.num_envs
@@ -447,12 +440,12 @@ def train(args):
         pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 13)
         policy_pairs = pairs.flatten(0, 1)
         if absorbing:
-            policy_pairs = add_absorbing_pairs(policy_pairs, batch["terminated"].sum(), args.gamma)
+            last = pairs[batch["terminated"]]
+            policy_pairs = add_absorbing_pairs(policy_pairs, last, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            memory.add(policy_pairs, args.memory)
             losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, memory, args
+                discriminator, discriminator_optimizer, expert_pairs, [policy_pairs], args
             )
 
         with torch.no_grad():
@@ -460,8 +453,8 @@ def train(args):
             rewards = imitation_reward(logits, args.reward)
             absorbing_value = torch.zeros((), device=args.device)
             if absorbing:
-                logit = discriminator(absorbing_pair(expert_pairs))
-                absorbing_value = imitation_reward(logit, args.reward) / (1 - args.gamma)
+                forever = imitation_reward(discriminator(absorbing_pairs(pairs)), args.reward)
+                absorbing_value = forever / (1 - args.gamma)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
             values = critic(batch["observations"])  # (num_steps, num_envs)

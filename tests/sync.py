@@ -27,7 +27,10 @@ SCRIPTS = [
 ]
 BANNER = "# The harness: "
 OWN = {"train", "add_settings", "diagnose", "update_policy"}
-PER_TASK = {"Policy", "make_envs", "make_expert", "make_pairs", "rollout"}
+PER_TASK = {
+    *("Policy", "make_envs", "make_expert", "rollout"),
+    *("make_pairs", "add_absorbing_pairs", "gradient_penalty"),
+}
 TASKS = ("cartpole", "racecar", "bipedal")
 
 
