@@ -417,7 +417,7 @@ def train(args):
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
     cars = Cars(args.env_id, args.num_envs)
-    cars.reset(args.seed * 1_000)
+    cars.reset(args.seed)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
     networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
     run.start(**networks, **optimizers, cars=cars)

@@ -50,7 +50,8 @@ def execute(run, out):
             raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
     summary = json.loads((folder / "summary.json").read_text())
     del summary["args"]["out"], summary["args"]["run_name"], summary["args"]["resume"]
-    kept = ("env_steps", "updates", "wall_seconds", "return_mean", "accuracy/held_out")
+    kept = ("env_steps", "updates", "wall_seconds", "return_mean", "success_rate")
+    kept += ("length_mean", "accuracy/held_out")
     summary["curve"] = [{k: p[k] for k in kept if k in p} for p in summary["curve"]]
     command = shlex.join(["python", *run["command"]])
     return {"variant": run["variant"], "seed": run["seed"], "command": command, **summary}
