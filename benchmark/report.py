@@ -56,19 +56,27 @@ def clock(run):
     return "env_steps" if run["env_steps"] else "updates"
 
 
+def metric(runs):
+    """What the runs are measured by: its key in a result, its name, and what to multiply it by."""
+    if "success_rate" in runs[0]["learner"]:
+        return "success_rate", "success, %", 100.0
+    return "return_mean", "return", 1.0
+
+
 def variant_line(runs):
     """One variant's line of a table: {heading: text}."""
-    returns = np.array([run["learner"]["return_mean"] for run in runs])
-    low, high = bootstrap_interval(returns)
+    key, name, unit = metric(runs)
+    values = unit * np.array([run["learner"][key] for run in runs])
+    low, high = bootstrap_interval(values)
     solved, steps = [run["solved_at_seconds"] for run in runs], []
     for run in runs:
         at = [p for p in run["curve"] if p["wall_seconds"] == run["solved_at_seconds"]]
         steps.append(at[0][clock(run)] if at else None)
     line = {
         "variant": runs[0]["variant"],
-        "return: IQM [95 %]": f"{interquartile_mean(returns):.1f} [{low:.1f}, {high:.1f}]",
-        "mean ± std": f"{returns.mean():.1f} ± {returns.std():.1f}",
-        "every seed": ", ".join(f"{value:.4g}" for value in returns),
+        f"{name}: IQM [95 %]": f"{interquartile_mean(values):.1f} [{low:.1f}, {high:.1f}]",
+        "mean ± std": f"{values.mean():.1f} ± {values.std():.1f}",
+        "every seed": ", ".join(f"{value:.4g}" for value in values),
         "seeds solved": f"{len(runs) - solved.count(None)} of {len(runs)}",
         f"{clock(runs[0])} to solved": median(steps),
         "seconds to solved": median(solved, ".1f"),
@@ -79,6 +87,9 @@ def variant_line(runs):
     if None not in distances + floors:
         floor = f" ({np.mean(floors):.3f})" if floors else ""
         line["occupancy distance (expert's own)"] = f"{np.mean(distances):.3f}{floor}"
+    if key == "success_rate":
+        laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
+        line["episode's length by the expert's"] = median(laps, ".2f")
     if "accuracy/held_out" in runs[0]["curve"][-1]:
         accuracies = [run["curve"][-1]["accuracy/held_out"] for run in runs]
         line["held-out accuracy"] = f"{np.mean(accuracies):.3f}"
@@ -132,7 +143,7 @@ def fill(page):
             os.path.relpath(path, page.parent)
             for path in (RESULTS / f"{name}.json", FIGURES / f"{name}.png")
         )
-        text = f"![{name}: return, every seed thin, their IQM thick]({figure})\n"
+        text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
         if not (RESULTS / f"{name}.json").exists():
             text = "not measured yet\n"
         elif kind == "table":
@@ -144,8 +155,8 @@ def fill(page):
 
 def draw_curves(axes, runs):
     """Learning curves: every seed thin, their interquartile mean thick."""
-    unit = clock(runs[0])
-    curves = [([p[unit] for p in r["curve"]], [p["return_mean"] for p in r["curve"]]) for r in runs]
+    unit, (key, _, _) = clock(runs[0]), metric(runs)
+    curves = [([p[unit] for p in r["curve"]], [p[key] for p in r["curve"]]) for r in runs]
     for curve in curves:
         axes.plot(*curve, color="tab:blue", linewidth=0.7, alpha=0.5)
     x = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
@@ -156,7 +167,8 @@ def draw_curves(axes, runs):
 
 def draw_sweep(axes, variants):
     """The last return against the number of demonstrations, a point a seed."""
-    returns = [np.array([run["learner"]["return_mean"] for run in runs]) for runs in variants]
+    key, _, _ = metric(variants[0])
+    returns = [np.array([run["learner"][key] for run in runs]) for runs in variants]
     for x, y in enumerate(returns):
         axes.plot([x] * len(y), y, "o", color="tab:blue", alpha=0.4)
     axes.plot([interquartile_mean(y) for y in returns], color="tab:blue", linewidth=2.2)
@@ -167,6 +179,7 @@ def draw_sweep(axes, variants):
 def draw(name):
     """A panel for each variant; before them, where the variants count demonstrations, the sweep."""
     runs = load(name)["runs"]
+    key, label, _ = metric(runs)
     variants = list(groups(runs, "variant").values())
     sweep = all(runs[0]["variant"][0].isdigit() for runs in variants)
     panels = len(variants) + sweep
@@ -175,7 +188,7 @@ def draw(name):
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[:panels]:
         for who, style in (("expert", "--"), ("random", ":")):
-            known = [run[who]["return_mean"] for run in runs if run[who]]
+            known = [run[who][key] for run in runs if run[who]]
             if known:
                 axes.axhline(np.mean(known), color="gray", linestyle=style, label=who)
     for axes in grid.flat[panels:]:
@@ -185,7 +198,7 @@ def draw(name):
     for axes, variant in zip(grid.flat[sweep:], variants):
         draw_curves(axes, variant)
     for axes in grid[:, 0]:
-        axes.set_ylabel("return")
+        axes.set_ylabel(label.removesuffix(", %"))
     grid[0, 0].legend(loc="center right")
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})

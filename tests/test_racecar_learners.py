@@ -1,0 +1,194 @@
+"""What the race car's scripts add to CartPole's: features, actions, absorbing states, resuming."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scripts import CASES, TASKS
+from torch.distributions import Normal
+
+racecar_env = pytest.importorskip("racecar_env")
+RaceCarEnv, RaceCarVectorEnv = racecar_env.RaceCarEnv, racecar_env.RaceCarVectorEnv
+LEARNERS = [case for case in CASES if case.task is TASKS["racecar"]]
+
+
+@pytest.fixture(params=LEARNERS, ids=str)
+def learner(request):
+    return request.param
+
+
+@pytest.fixture
+def module(learner):
+    return learner.module
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def driving(number, steps, seed=0):
+    """Actions (steps, number, 2) that drive ahead, some into a wall sooner than others."""
+    random = np.random.default_rng(seed)
+    steering = random.uniform(-0.3, 0.3, (1, number)) + random.uniform(-0.1, 0.1, (steps, number))
+    return np.stack([steering, np.full_like(steering, 0.9)], -1).astype(np.float32)
+
+
+# --- the vector of cars ---------------------------------------------------------------------------
+
+
+def test_cars_in_a_vector_drive_as_alone_and_rest_after_the_end():
+    envs, alone = RaceCarVectorEnv(3), [RaceCarEnv() for _ in range(3)]
+    observations, _ = envs.reset(seed=7)
+    expected = np.stack([env.reset(seed=7 + i)[0] for i, env in enumerate(alone)])
+    assert np.array_equal(observations, expected)
+    over = np.zeros(3, bool)
+    for actions in driving(3, 120):
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        for i, env in enumerate(alone):
+            result = (expected[i], 0.0, False, False)
+            if not over[i]:
+                *result, facts = env.step(actions[i])
+                expected[i] = result[0]
+                assert info["is_success"][i] == facts["is_success"]
+            found = (observations[i], rewards[i], terminated[i], truncated[i])
+            assert all(np.array_equal(a, b) for a, b in zip(found, result, strict=True))
+        over |= terminated | truncated
+        if over.all():
+            break
+    assert over.all()
+    observations, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
+    expected[1], _ = alone[1].reset()
+    assert np.array_equal(observations, expected)
+    envs.close()
+    for env in alone:
+        env.close()
+
+
+def test_progress_along_a_lap():
+    controller, env = racecar_env.WaypointController(), RaceCarEnv()
+    observation, _ = env.reset(seed=3)
+    over, way = False, []
+    while not over:
+        way.append(racecar_env.progress(observation))
+        observation, _, over, _, info = env.step(controller(observation))
+    assert info["is_success"] and racecar_env.progress(observation) == 1
+    assert way[0] == 0 and way == sorted(way) and 0.8 < way[-1] < 1
+    env.close()
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def test_features(module):
+    observations = torch.randn(5, 9)
+    found = module.features(observations)
+    assert found.shape == (5, 10)
+    assert torch.equal(found[:, :2], observations[:, :2] / 2)
+    assert torch.allclose(torch.atan2(found[:, 4], found[:, 5]), observations[:, 4], atol=1e-5)
+    turned = observations.clone()
+    turned[:, 4] += 2 * math.pi
+    assert torch.allclose(module.features(turned), found, atol=1e-5)
+
+
+def test_actions_are_mapped_onto_the_cars_box(module):
+    corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [-7.0, 7.0]])
+    assert module.to_box(corners).tolist() == [[-1, 0], [1, 1], [0, 0.5], [-1, 1]]
+    actions = torch.rand(50, 2) * 2 - 1
+    assert torch.allclose(module.from_box(torch.as_tensor(module.to_box(actions))), actions)
+    env = RaceCarEnv()
+    assert np.array_equal([module.LOW, module.HIGH], [env.action_space.low, env.action_space.high])
+    env.close()
+
+
+def test_the_policy_is_a_gaussian(module):
+    policy, observations, actions = module.Policy(8), torch.randn(6, 9), torch.randn(6, 2)
+    policy.std.fill_(0.2)
+    mean = policy(observations).mean
+    expected = Normal(mean, 0.2).log_prob(actions).sum(-1)
+    assert torch.allclose(policy(observations).log_prob(actions), expected)
+    assert np.allclose(policy.act(observations.numpy()), module.to_box(mean.detach()))
+    restored = module.Policy(**policy.settings)
+    restored.load_state_dict(policy.state_dict())
+    assert restored.std == policy.std
+
+
+def test_absorbing_pairs_remember_the_place(module):
+    pairs = module.make_pairs(torch.randn(10, 9), torch.randn(10, 2))
+    assert (pairs[:, 12] == 0).all() and (pairs[:, 10:12].abs() <= 1).all()
+    longer = module.add_absorbing_pairs(pairs, pairs[[2, 5]], gamma=0.95)
+    assert torch.equal(longer[:10], pairs) and len(longer) == 10 + 2 * 20
+    for row, pair in zip((2, 5), longer[10:12]):
+        assert torch.equal(pair[:10], pairs[row, :10])
+        assert pair[10:].tolist() == [0, 0, 1]
+    assert torch.equal(longer[10:], longer[10:12].repeat(20, 1))
+    assert torch.equal(module.add_absorbing_pairs(pairs, pairs[:0], gamma=0.95), pairs)
+
+
+@pytest.mark.parametrize("flags", [["--absorbing"], ["--no-absorbing"]])
+def test_what_follows_an_end(learner, module, flags, tmp_path, monkeypatch, quick):
+    """The value after an end is D's reward for ever, or 0; elsewhere it is the critic's."""
+    seen = {}
+
+    def spy(name):
+        original = getattr(module, name)
+
+        def wrapped(*args):
+            result = original(*args)
+            seen.setdefault(name, []).append((args, result))
+            return result
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    for name in ("rollout", "Discriminator", "Critic", "generalized_advantages", "update_policy"):
+        spy(name)
+    # Full throttle from the start ends some episodes within the rollout
+    monkeypatch.setattr(module, "STD", 1.0)
+    flags = [*flags, "--num-steps", 100, "--policy-lr", 0, "--critic-lr", 0]
+    learner.run(tmp_path / "run", *flags, budget=1)
+    ((_, (batch, ended)),) = seen["rollout"]
+    ((_, discriminator),), ((_, critic),) = seen["Discriminator"], seen["Critic"]
+    ((arguments, _),) = seen["generalized_advantages"]
+    rewards, values, next_values, done, gamma, _ = arguments
+    args = seen["update_policy"][0][0][-1]
+    terminated = batch["terminated"]
+    assert terminated.any() and not terminated.all() and len(ended) == int(terminated.sum())
+    pairs = module.make_pairs(batch["observations"], batch["actions"])
+    with torch.no_grad():
+        assert torch.allclose(rewards, module.imitation_reward(discriminator(pairs), args.reward))
+        assert torch.allclose(values, critic(batch["observations"]))
+        expected = critic(batch["next_observations"])
+        ends = pairs[terminated].clone()
+        ends[:, 10:12], ends[:, 12] = 0, 1
+        forever = module.imitation_reward(discriminator(ends), args.reward) / (1 - gamma)
+        expected[terminated] = forever * args.absorbing
+    assert torch.allclose(next_values, expected, atol=1e-4)
+    assert torch.equal(done, terminated | batch["truncated"])
+    # No reset frame is in the batch: one state leads to the next, but for an end
+    same = (batch["next_observations"][:-1] == batch["observations"][1:]).all(-1)
+    assert torch.equal(same, ~done[:-1])
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_cars_in_mid_episode_go_on_from_a_checkpoint(module):
+    cars, restored = (module.Cars("RaceCar-v0", 2) for _ in range(2))
+    cars.reset(5)
+    actions = driving(2, 90, seed=1)
+    for action in actions[:60]:
+        cars.step(action)
+    assert len(cars.histories[0]) != len(cars.histories[1])  # one of them has ended
+    restored.load_state_dict(cars.state_dict())
+    assert np.array_equal(restored.observations, cars.observations)
+    for action in actions[60:]:
+        for ours, theirs in zip(cars.step(action)[0], restored.step(action)[0], strict=True):
+            assert np.array_equal(ours, theirs)
+    cars.envs.close()
+    restored.envs.close()
+
+
+def test_the_default_budget_is_the_schedule(module):
+    args = module.parse_args([])
+    assert args.total_steps == module.SCHEDULE and args.absorbing
