@@ -431,6 +431,7 @@ def train(args):
         left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
+        discriminator_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         policy.std.fill_(max(STD * left, FINAL_STD))
 
         batch, ended = rollout(cars, policy, args.num_steps, args.device)
