@@ -25,14 +25,17 @@ RESULTS = ROOT / "benchmark" / "results"
 
 
 def expand(name, experiment):
-    """The runs of an experiment: dicts of variant, seed, command and run folder."""
+    """The runs of an experiment: dicts of variant, seed, run folder, program and command."""
     first, last = (int(seed) for seed in experiment["seeds"].split("-"))
     for variant, flags in experiment["variants"].items():
         for seed in range(first, last + 1):
             run_name = f"{name}__{variant}__{seed}".replace(" ", "_").replace(",", "")
-            command = [experiment["script"], *shlex.split(experiment.get("flags", ""))]
-            command += [*shlex.split(flags), "--seed", str(seed)]
-            yield {"variant": variant, "seed": seed, "command": command, "run_name": run_name}
+            program, words = [experiment["script"]], shlex.split(flags)
+            if words[:1] and not words[0].startswith("-"):  # a part replaced by variants.py
+                program = ["benchmark/variants.py", words.pop(0), *program]
+            words = [*shlex.split(experiment.get("flags", "")), *words, "--seed", str(seed)]
+            about = {"variant": variant, "seed": seed, "run_name": run_name}
+            yield {**about, "program": program, "command": [*program, *words]}
 
 
 def execute(run, out):
@@ -40,7 +43,7 @@ def execute(run, out):
     folder = out / run["run_name"]
     command = [*run["command"], "--out", str(out), "--run-name", run["run_name"]]
     if (folder / "checkpoint.pt").exists():
-        command = [run["command"][0], "--resume", str(folder)]
+        command = [*run["program"], "--resume", str(folder)]
     if not (folder / "summary.json").exists():
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(

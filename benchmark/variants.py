@@ -1,0 +1,87 @@
+"""Run a script with a part of it replaced by name, to see what that part is for.
+
+    python benchmark/variants.py no-critic gail_racecar_ppo.py --seed 1
+    python benchmark/variants.py                                  list them
+
+The scripts carry no flags for this: a variant is a function of this file that changes the script's
+module before its main() runs. Flags, run folder and summary are the script's own.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def as_it_is(script):
+    """Nothing is replaced."""
+
+
+def places_by_15(script):
+    """The first attempts' scale of x and y: the track's length, instead of 2 metres."""
+    features = script.features
+
+    def blurred(observations):
+        found = features(observations)
+        return torch.cat([found[..., :2] * 2 / 15, found[..., 2:]], -1)
+
+    script.features = blurred
+
+
+def no_critic(script):
+    """Advantages are discounted rewards, as the first attempts had them: every value is 0."""
+
+    class NoCritic(nn.Module):
+        def __init__(self, hidden):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, observations):
+            return (observations[..., 0] + self.unused) * 0
+
+    script.Critic = NoCritic
+
+
+def one_absorbing_state(script):
+    """DAC's: the same after every end, at the finish and at a wall."""
+
+    def absorbing_pairs(pairs):
+        return torch.eye(pairs.shape[-1], device=pairs.device)[-1].expand_as(pairs).clone()
+
+    script.absorbing_pairs = absorbing_pairs
+
+
+def constant_std(script):
+    """The actions' standard deviation stays where it begins."""
+    script.FINAL_STD = script.STD
+
+
+def coarse_units(script):
+    """D sees differences five times as large as one unit."""
+    script.UNITS = [5 * unit for unit in script.UNITS]
+
+
+VARIANTS = {
+    f.__name__.replace("_", "-"): f
+    for f in (as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units)
+}
+
+
+def main():
+    if len(sys.argv) < 3 or sys.argv[1] not in VARIANTS:
+        for name, variant in VARIANTS.items():
+            print(f"{name:20} {variant.__doc__.splitlines()[0]}")
+        return 2
+    name, path, *flags = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(Path(path).stem)
+    VARIANTS[name](script)
+    return script.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
