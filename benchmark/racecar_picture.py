@@ -2,7 +2,8 @@
 
     python benchmark/racecar_picture.py runs/FOLDER
 
-FOLDER is a run of gail_racecar_ppo.py or gail_racecar_reinforce.py. Writes docs/figures/racecar_paths.png and docs/figures/racecar_lap.gif.
+FOLDER is a run of gail_racecar_ppo.py or gail_racecar_reinforce.py. It writes
+docs/figures/racecar_paths.png and docs/figures/racecar_lap.gif.
 """
 
 import argparse
