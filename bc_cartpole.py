@@ -509,7 +509,7 @@ class Run:
             part.load_state_dict(state[name])
         self.__dict__.update(state["run"])
         torch.set_rng_state(state["rng"])
-        if self.args.device == "cuda":
+        if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     @property

@@ -151,7 +151,7 @@ class Policy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's", of standardised pairs: (..., size) -> (...)."""
+    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...)."""
 
     def __init__(self, hidden, mean, std):
         super().__init__()
@@ -419,16 +419,16 @@ def train(args):
     observations, actions = tensors(run.demos, args.device)
     policy = Policy(args.hidden).to(args.device)
     critic = mlp(4, args.hidden, args.hidden, 1).to(args.device)
-    shuffled = args.control == "shuffled-expert"
-    rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
-    expert_pairs = make_pairs(observations, actions[rows])  # (pairs, 7)
+    if args.control == "shuffled-expert":
+        actions = actions[torch.randperm(len(actions))]
+    expert_pairs = make_pairs(observations, actions)  # (pairs, 7)
     discriminator = Discriminator(args.hidden, *standardisation(observations)).to(args.device)
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         falls = sum(episode["terminated"] for episode in run.demos)
         expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
@@ -833,7 +833,7 @@ class Run:
             part.load_state_dict(state[name])
         self.__dict__.update(state["run"])
         torch.set_rng_state(state["rng"])
-        if self.args.device == "cuda":
+        if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     @property

@@ -17,7 +17,8 @@ the choices below is for.
 Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D;
 (3) absorbing states: what follows an end is imitated too, so that crashing is not merely the end
 of the pay; (4) a standard deviation of the actions that falls on schedule in place of an entropy
-bonus; (5) a choice of reward forms; the paper's is `gail`.
+bonus; (5) a moving average of the policies is what is evaluated and kept; (6) a choice of reward
+forms; the paper's is `gail`.
 """
 
 # /// script
@@ -57,6 +58,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -68,6 +70,7 @@ EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
 SCHEDULE, FINAL_LR = 3_000_000, 0.05  # the step sizes fall over so many steps, to this share
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
+AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
 UNITS = [0.2, 0.2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.6, 0.6, 0.25]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
@@ -85,13 +88,13 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.98, help="1: Monte Carlo")
+    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
     flag(
         "--epochs", type=number(int, 1), default=5, help="passes of the baseline over each rollout"
     )
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag = parser.add_argument_group("discriminator").add_argument
-    forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar.md compares them"
+    forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar_ppo.md"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
@@ -105,7 +108,7 @@ def add_settings(parser):
 
 
 def features(observations):
-    """(..., 9) -> (..., 10): the angle as sine and cosine, all of them of the size of 1.
+    """(..., 9) -> (..., 10): the angle as sine and cosine, the others scaled.
 
     Metres are halved and no more: divided by the track's length, its corners blur."""
     place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
@@ -121,7 +124,7 @@ def mlp(*sizes):
 
 
 class Policy(nn.Module):
-    """CHANGE ME: a Gaussian in [-1, 1]; observations (..., 9) -> a distribution over (2,)."""
+    """CHANGE ME: a Gaussian; observations (..., 9) -> a distribution over (2,), for to_box()."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -151,7 +154,7 @@ class Critic(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's", of standardised pairs: (..., size) -> (...)."""
+    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...)."""
 
     def __init__(self, hidden, mean, std):
         super().__init__()
@@ -190,10 +193,10 @@ def make_pairs(observations, actions):
 
 
 def absorbing_pairs(pairs):
-    """What follows for ever where these were an episode's last: the place, no action, the flag.
+    """What follows for ever where these were an episode's last: (..., 13) -> (..., 13).
 
     DEVIATION: DAC's absorbing state (Kostrikov et al. 2019) is the same after every end. This one
-    remembers where, so that D can tell the finish from a wall. (..., 13) -> (..., 13)"""
+    keeps the features of the last state acted in, so that D can tell the finish from a wall."""
     absorbing = pairs.clone()
     absorbing[..., 10:12], absorbing[..., 12] = 0, 1
     return absorbing
@@ -258,7 +261,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 def make_envs(env_id, num_envs):
-    """CHANGE ME: the task. These cars rest when their episode is over, until they are reset."""
+    """CHANGE ME: the task, with features, UNITS, LOW and HIGH, and the sizes in Policy, Critic,
+    make_pairs and absorbing_pairs. These cars rest when their episode is over, until reset."""
     return RaceCarVectorEnv(num_envs)
 
 
@@ -273,7 +277,7 @@ class Cars:
         self.histories = [[] for _ in self.envs.envs]  # the actions since
 
     def step(self, actions):
-        """One transition of each, and one that leads to an end leads to no reset frame."""
+        """One transition of each car. Those whose episode it ends are at the start after it."""
         observations = self.observations
         next_observations, _, terminated, truncated, _ = self.envs.step(actions)
         self.observations, done = next_observations, terminated | truncated
@@ -388,7 +392,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 def diagnose(scalars):
     """What a person should know of the discriminator, from the last of the logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
-        return "the reward is nearly constant: the policy learns from surviving"
+        return "the reward is nearly constant: D finds no difference, or learns nothing"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
         return "the discriminator is saturated: it tells all pairs apart"
     return ""
@@ -396,30 +400,34 @@ def diagnose(scalars):
 
 def train(args):
     """Run the algorithm; returns what summary.json holds."""
+    absorbing = args.absorbing and args.control != "constant-reward"
+    message = "--num-pairs leaves out how an episode ends: add --no-absorbing"
+    check(not (absorbing and args.num_pairs), message)
     run = Run(args)
     observations, actions = tensors(run.demos)
     observations, actions = observations.to(args.device), from_box(actions).to(args.device)
     policy = Policy(args.hidden).to(args.device)
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE), use_buffers=True)
     critic = Critic(args.hidden).to(args.device)
-    shuffled = args.control == "shuffled-expert"
-    rows = torch.randperm(len(actions)) if shuffled else torch.arange(len(actions))
-    expert_pairs = make_pairs(observations, actions[rows])  # (pairs, 13)
+    if args.control == "shuffled-expert":
+        actions = actions[torch.randperm(len(actions))]
+    expert_pairs = make_pairs(observations, actions)  # (pairs, 13)
     scale = (torch.zeros(13), torch.tensor(UNITS))
     discriminator = Discriminator(args.hidden, *scale).to(args.device)
-    absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         last = np.cumsum([len(episode["actions"]) for episode in run.demos]) - 1
         last = last[[episode["terminated"] for episode in run.demos]]
         expert_pairs = add_absorbing_pairs(expert_pairs, expert_pairs[last], args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
     cars = Cars(args.env_id, args.num_envs)
-    cars.reset(args.seed)
+    cars.reset(int(torch.randint(2**62, ())))
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
+    networks = {"policy": policy, "average": average}
+    networks |= {"critic": critic, "discriminator": discriminator}
     run.start(**networks, **optimizers, cars=cars)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
@@ -449,7 +457,10 @@ def train(args):
             )
 
         with torch.no_grad():
-            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            logits, expert_logits = (
+                discriminator(pairs),
+                discriminator(expert_pairs[: len(actions)]),
+            )
             rewards = imitation_reward(logits, args.reward)
             absorbing_value = torch.zeros((), device=args.device)
             if absorbing:
@@ -467,6 +478,7 @@ def train(args):
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         columns = (column.flatten(0, 1) for column in columns)
         losses |= update_policy(policy, critic, optimizer, *columns, args)
+        average.update_parameters(policy)
 
         scalars = {
             **losses,
@@ -480,8 +492,8 @@ def train(args):
             names = ("episodic_length", "progress", "ended_at_finish", "ended_at_wall")
             means = np.mean(ended, 0).tolist()
             scalars |= {f"charts/{name}": mean for name, mean in zip(names, means)}
-        run.record(scalars, policy)
-    return run.finish(policy, diagnose(run.curve[-1]))
+        run.record(scalars, average.module)
+    return run.finish(average.module, diagnose(run.curve[-1]))
 
 
 # ==================================================================================================
@@ -813,7 +825,7 @@ class Run:
             part.load_state_dict(state[name])
         self.__dict__.update(state["run"])
         torch.set_rng_state(state["rng"])
-        if self.args.device == "cuda":
+        if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
     @property

@@ -328,8 +328,9 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
 
     Nothing is reset by itself: reset(options={"reset_mask": (num_envs,) bool}) puts those cars back
     at the start and leaves the others where they are. So every step is a transition of the running
-    cars, and 100 episodes cost no more than their own steps. A resting car's reward is 0, and it
-    is neither terminated nor truncated once more. settings: as RaceCarEnv has them.
+    cars, and 100 episodes cost no more than their own steps. A resting car's action is ignored, its
+    reward is 0, and it is neither terminated nor truncated once more. settings: as RaceCarEnv has
+    them. An episode's seed is envs.envs[i].np_random_seed.
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}  # noqa: RUF012
@@ -356,7 +357,9 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """actions: (num_envs, 2). Raises what RaceCarEnv.step does."""
+        """actions: (num_envs, 2). Raises what RaceCarEnv.step does, of the running cars."""
+        if not any(env.running for env in self.envs):
+            raise gymnasium.error.ResetNeeded("no car is running: call reset()")
         rewards = np.zeros(self.num_envs)
         terminated, truncated, is_success = np.zeros((3, self.num_envs), bool)
         for i, env in enumerate(self.envs):
@@ -364,7 +367,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
                 result = env.step(actions[i])
                 self._observations[i], rewards[i], terminated[i], truncated[i], info = result
                 is_success[i] = info["is_success"]
-        info = {"is_success": is_success, "_is_success": np.ones(self.num_envs, bool)}
+        info = {"is_success": is_success}
         return self._observations.copy(), rewards, terminated, truncated, info
 
     def close_extras(self, **kwargs: Any) -> None:
