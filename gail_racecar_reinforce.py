@@ -5,7 +5,7 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     1. roll out the policy and keep its (state, action) pairs,
     2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
     3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
-    4. take one step of policy gradient on that reward: no ratio, no clip, no trust region.
+    4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
     python gail_racecar_reinforce.py                          the default run: a quarter of an hour
@@ -369,22 +369,24 @@ def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4: one step of the policy on the whole rollout, many of the baseline on minibatches."""
+    """Step 4: each pair moves the policy once, in a minibatch; the baseline has --epochs passes."""
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    distribution = policy(observations)
-    log_probs = distribution.log_prob(actions)
-    policy_loss = reinforce_loss(log_probs, advantages)
-    descend(optimizer, policy_loss)
+    with torch.no_grad():
+        old_log_probs = policy(observations).log_prob(actions)
+    for rows in torch.randperm(len(actions)).split(args.minibatch_size):
+        new = policy(observations[rows])
+        policy_loss = reinforce_loss(new.log_prob(actions[rows]), advantages[rows])
+        descend(optimizer, policy_loss)
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
             descend(optimizer, value_loss)
     with torch.no_grad():
-        log_ratio = policy(observations).log_prob(actions) - log_probs
+        log_ratio = policy(observations).log_prob(actions) - old_log_probs
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
-        "losses/entropy": float(distribution.entropy().mean()),
+        "losses/entropy": float(new.entropy().mean()),
         "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
     }
 
