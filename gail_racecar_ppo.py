@@ -62,17 +62,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from racecar_env import RaceCarVectorEnv, WaypointController, progress
+from racecar_env import FINISH, FINISH_RADIUS, RaceCarVectorEnv, WaypointController, progress
 
 TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 400_000, 0.05  # the step sizes fall over so many steps, to this share
+SCHEDULE, FINAL_LR = 500_000, 0.05  # the step sizes fall over so many steps, to this share
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
-UNITS = [0.2, 0.2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.6, 0.6, 0.25]  # as make_pairs has them
+UNITS = [0.2, 0.2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.6, 0.6, 0.5]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -191,19 +191,26 @@ def make_pairs(observations, actions):
     return torch.cat([features(observations), actions, torch.zeros_like(actions[..., :1])], -1)
 
 
-def absorbing_pairs(pairs):
-    """What follows for ever where these were an episode's last: (..., 13) -> (..., 13).
-
-    DEVIATION: DAC's absorbing state (Kostrikov et al. 2019) is the same after every end. This one
-    keeps the features of the last state acted in, so that D can tell the finish from a wall."""
-    absorbing = pairs.clone()
-    absorbing[..., 10:12], absorbing[..., 12] = 0, 1
-    return absorbing
+def at_finish(observations):
+    """All that is known of the track: (..., 9) -> (...) bool."""
+    distance = (observations[..., :2] - torch.tensor(FINISH, device=observations.device)).norm(
+        dim=-1
+    )
+    return distance <= FINISH_RADIUS
 
 
-def add_absorbing_pairs(pairs, last, gamma):
-    """Each counts as the 1 / (1 - gamma) discounted steps it stands for: (n, 13), (ends, 13)."""
-    return torch.cat([pairs, absorbing_pairs(last).repeat(round(1 / (1 - gamma)), 1)])
+def absorbing_pairs(finished):
+    """What follows an end for ever, at the finish or at a wall: (...) bool -> (..., 13).
+
+    DEVIATION: DAC (Kostrikov et al. 2019) has one absorbing state. The expert's laps end too, so
+    that crashing would look like finishing."""
+    flag = torch.where(finished, 1.0, -1.0)
+    return F.pad(flag[..., None], (12, 0))
+
+
+def add_absorbing_pairs(pairs, finished, gamma):
+    """One for each of the 1 / (1 - gamma) discounted steps after an end: (n, 13), (ends,) bool."""
+    return torch.cat([pairs, absorbing_pairs(finished).repeat(round(1 / (1 - gamma)), 1)])
 
 
 def discriminator_loss(expert_logits, policy_logits):
@@ -401,9 +408,6 @@ def diagnose(scalars):
 
 def train(args):
     """Run the algorithm; returns what summary.json holds."""
-    absorbing = args.absorbing and args.control != "constant-reward"
-    message = "--num-pairs leaves out how an episode ends: add --no-absorbing"
-    check(not (absorbing and args.num_pairs), message)
     run = Run(args)
     observations, actions = tensors(run.demos)
     observations, actions = observations.to(args.device), from_box(actions).to(args.device)
@@ -415,10 +419,11 @@ def train(args):
     expert_pairs = make_pairs(observations, actions)  # (pairs, 13)
     scale = (torch.zeros(13), torch.tensor(UNITS))
     discriminator = Discriminator(args.hidden, *scale).to(args.device)
+    absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
-        last = np.cumsum([len(episode["actions"]) for episode in run.demos]) - 1
-        last = last[[episode["terminated"] for episode in run.demos]]
-        expert_pairs = add_absorbing_pairs(expert_pairs, expert_pairs[last], args.gamma)
+        laps = [True for episode in run.demos if episode["terminated"]]
+        laps = torch.tensor(laps, dtype=torch.bool, device=args.device)
+        expert_pairs = add_absorbing_pairs(expert_pairs, laps, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
     discriminator_optimizer = torch.optim.Adam(
@@ -447,10 +452,10 @@ def train(args):
         run.count["updates"] += 1
 
         pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 13)
-        policy_pairs = pairs.flatten(0, 1)
+        policy_pairs, finished = pairs.flatten(0, 1), at_finish(batch["next_observations"])
         if absorbing:
-            last = pairs[batch["terminated"]]
-            policy_pairs = add_absorbing_pairs(policy_pairs, last, args.gamma)
+            ends = finished[batch["terminated"]]
+            policy_pairs = add_absorbing_pairs(policy_pairs, ends, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
             losses = update_discriminator(
@@ -465,7 +470,7 @@ def train(args):
             rewards = imitation_reward(logits, args.reward)
             absorbing_value = torch.zeros((), device=args.device)
             if absorbing:
-                forever = imitation_reward(discriminator(absorbing_pairs(pairs)), args.reward)
+                forever = imitation_reward(discriminator(absorbing_pairs(finished)), args.reward)
                 absorbing_value = forever / (1 - args.gamma)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)

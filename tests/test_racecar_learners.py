@@ -114,16 +114,28 @@ def test_the_policy_is_a_gaussian(module):
     assert restored.std == policy.std
 
 
-def test_absorbing_pairs_remember_the_place(module):
+def test_absorbing_pairs(module):
     pairs = module.make_pairs(torch.randn(10, 9), torch.randn(10, 2))
     assert (pairs[:, 12] == 0).all() and (pairs[:, 10:12].abs() <= 1).all()
-    longer = module.add_absorbing_pairs(pairs, pairs[[2, 5]], gamma=0.95)
+    finished = torch.tensor([True, False])
+    longer = module.add_absorbing_pairs(pairs, finished, gamma=0.95)
     assert torch.equal(longer[:10], pairs) and len(longer) == 10 + 2 * 20
-    for row, pair in zip((2, 5), longer[10:12]):
-        assert torch.equal(pair[:10], pairs[row, :10])
-        assert pair[10:].tolist() == [0, 0, 1]
-    assert torch.equal(longer[10:], longer[10:12].repeat(20, 1))
-    assert torch.equal(module.add_absorbing_pairs(pairs, pairs[:0], gamma=0.95), pairs)
+    assert (longer[10:, :12] == 0).all()
+    assert longer[10:, 12].tolist() == [1, -1] * 20
+    assert torch.equal(module.add_absorbing_pairs(pairs, finished[:0], gamma=0.95), pairs)
+
+
+def test_the_finish_is_the_environments(module):
+    """On the last state of laps and of crashes, and nowhere else."""
+    controller, env = racecar_env.WaypointController(), RaceCarEnv()
+    for act, success in ((controller, True), (lambda observation: np.array([0, 1.0]), False)):
+        observation, _ = env.reset(seed=3)
+        over = False
+        while not over:
+            assert not module.at_finish(torch.as_tensor(observation))
+            observation, _, over, _, info = env.step(act(observation))
+        assert info["is_success"] == success == module.at_finish(torch.as_tensor(observation))
+    env.close()
 
 
 @pytest.mark.parametrize("flags", [["--absorbing"], ["--no-absorbing"]])
@@ -159,8 +171,8 @@ def test_what_follows_an_end(learner, module, flags, tmp_path, monkeypatch, quic
         assert torch.allclose(rewards, module.imitation_reward(discriminator(pairs), args.reward))
         assert torch.allclose(values, critic(batch["observations"]))
         expected = critic(batch["next_observations"])
-        ends = pairs[terminated].clone()
-        ends[:, 10:12], ends[:, 12] = 0, 1
+        ends = torch.zeros(int(terminated.sum()), 13)
+        ends[:, 12] = -1  # at a wall, all of them
         forever = module.imitation_reward(discriminator(ends), args.reward) / (1 - gamma)
         expected[terminated] = forever * args.absorbing
     assert torch.allclose(next_values, expected, atol=1e-4)
