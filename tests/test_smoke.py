@@ -19,7 +19,6 @@ from matplotlib.image import imread
 from scripts import PYBULLET, ROOT, finite, same, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
 FOLDER = {"args.json", "checkpoint.pt", "policy.pt", "summary.json", "learning_curve.png"}
 SUMMARY = {
     "script": str,
