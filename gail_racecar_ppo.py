@@ -68,7 +68,7 @@ TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 500_000, 0.05  # the step sizes fall over so many steps, to this share
+SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to this share
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
@@ -87,8 +87,8 @@ def add_settings(parser):
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
-    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.98, help="1: Monte Carlo")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.98, help="discount factor")
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="1: Monte Carlo")
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")

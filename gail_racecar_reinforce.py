@@ -87,7 +87,7 @@ def add_settings(parser):
     flag("--policy-lr", type=number(float, 0), default=3e-3, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
-    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.97, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
     flag(
         "--epochs", type=number(int, 1), default=5, help="passes of the baseline over each rollout"
