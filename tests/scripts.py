@@ -148,13 +148,6 @@ def finite(content):
     return not isinstance(content, torch.Tensor) or bool(torch.isfinite(content).all())
 
 
-def a_good_expert(task):
-    """A function that makes one, quickly, as make_expert(args) does."""
-    if task is TASKS["cartpole"]:
-        return lambda args: linear_rule
-    return importlib.import_module("gail_racecar_ppo").make_expert
-
-
 def linear_rule(observations):
     """Balances the pole for 500 steps."""
     return (observations @ [0.1, 0.5, 3.0, 1.0] > 0).astype(int)

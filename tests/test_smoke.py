@@ -130,6 +130,8 @@ def test_evaluate_repeats_the_final_evaluation(case, finished, capsys):
 
 
 def test_videos(script, finish, tmp_path):
+    if script.script == "gail_racecar_reinforce":
+        pytest.skip("the same text as gail_racecar_ppo's, and PyBullet draws slowly")
     shutil.copy(finish(script) / "policy.pt", tmp_path)
     argv = ["--evaluate", str(tmp_path / "policy.pt"), "--eval-episodes", "2", "--capture-video"]
     assert script.module.main(argv) == 0
