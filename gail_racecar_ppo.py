@@ -72,7 +72,7 @@ SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
-UNITS = [0.2, 0.2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.6, 0.6, 0.5]  # as make_pairs has them
+UNITS = [0.15, 0.15, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -424,8 +424,9 @@ def train(args):
         laps = [True for episode in run.demos if episode["terminated"]]
         laps = torch.tensor(laps, dtype=torch.bool, device=args.device)
         expert_pairs = add_absorbing_pairs(expert_pairs, laps, args.gamma)
-    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
+    groups = [{"params": policy.parameters()}]
+    groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets the policy's
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
@@ -442,8 +443,7 @@ def train(args):
 
     while not run.finished:
         left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
-        for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
-            group["lr"] = learning_rate * left
+        optimizer.param_groups[0]["lr"] = args.policy_lr * left
         discriminator_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         policy.std.fill_(max(STD * left, FINAL_STD))
 
