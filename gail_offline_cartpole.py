@@ -372,6 +372,8 @@ def read_demos(path, env_id):
 def record_demos(path, args):
     """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
     check(not path.exists(), f"{path}: exists already, expected a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check(os.access(path.parent, os.W_OK), f"{path.parent}: cannot be written to")
     print(f"{SCRIPT}.py: making an expert for {path}", file=sys.stderr)
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
@@ -385,7 +387,6 @@ def record_demos(path, args):
     arrays["episode_starts"] = np.concatenate([np.arange(len(e["rewards"])) == 0 for e in kept])
     about = {"env_id": args.env_id, "expert": DEMOS.format(**vars(args)), "score": score}
     arrays["metadata"] = json.dumps({**about, "versions": versions()})
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda file: np.savez_compressed(file, **arrays))
 
 

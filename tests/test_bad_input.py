@@ -328,6 +328,13 @@ def test_recorded_demonstrations_are_not_overwritten(script, tmp_path, refused):
     refused(["--record-demos", tmp_path / "demos.npz"], tmp_path / "demos.npz")
 
 
+def test_no_expert_is_trained_for_a_file_that_cannot_be(script, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert script.module.main(["--record-demos", str(tmp_path / "file" / "demos.npz")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_device(script, tmp_path, refused):
     refused(script.argv(tmp_path / "run", "--device", "cuda"), "--device cuda")
