@@ -72,7 +72,7 @@ SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
-UNITS = [0.15, 0.15, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
+UNITS = [0.1, 0.1, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -120,6 +120,15 @@ def mlp(*sizes):
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def spread(layer, inputs):
+    """Let each unit of the first layer turn at one of the inputs: (rows, in).
+
+    With biases near 0 all turn near the track's origin, and are flat in its far corners."""
+    rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
+    layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
 
 class Policy(nn.Module):
@@ -219,15 +228,15 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
+    """max(0, |gradient of the logit| - 1)^2 between pairs of both kinds: -> ().
 
-    -> ()"""
+    As Petzka et al. 2018, https://arxiv.org/abs/1709.08894, have it."""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = mix * expert_pairs + (1 - mix) * policy_pairs
     between = discriminator.standardise(between).requires_grad_()
     logits = discriminator.network(between)
     (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
-    return (gradient.norm(dim=-1) - 1).square().mean()
+    return (gradient.norm(dim=-1) - 1).relu().square().mean()
 
 
 def imitation_reward(logits, form):
@@ -419,6 +428,9 @@ def train(args):
     expert_pairs = make_pairs(observations, actions)  # (pairs, 13)
     scale = (torch.zeros(13), torch.tensor(UNITS))
     discriminator = Discriminator(args.hidden, *scale).to(args.device)
+    spread(discriminator.network[0], discriminator.standardise(expert_pairs))
+    for network in (critic, policy):
+        spread(network.network[0], features(observations))
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         laps = [True for episode in run.demos if episode["terminated"]]

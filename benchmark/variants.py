@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,13 +34,9 @@ def places_by_15(script):
 def no_critic(script):
     """Advantages are discounted rewards, as the first attempts had them: every value is 0."""
 
-    class NoCritic(nn.Module):
-        def __init__(self, hidden):
-            super().__init__()
-            self.unused = nn.Parameter(torch.zeros(1))
-
+    class NoCritic(script.Critic):
         def forward(self, observations):
-            return (observations[..., 0] + self.unused) * 0
+            return super().forward(observations) * 0
 
     script.Critic = NoCritic
 
@@ -62,9 +57,17 @@ def coarse_units(script):
     script.UNITS = [5 * unit for unit in script.UNITS]
 
 
+def biases_near_0(script):
+    """Networks as PyTorch makes them: no unit of a first layer is moved to where the data are."""
+    script.spread = lambda layer, inputs: None
+
+
 VARIANTS = {
     f.__name__.replace("_", "-"): f
-    for f in (as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units)
+    for f in (
+        *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
+        biases_near_0,
+    )
 }
 
 

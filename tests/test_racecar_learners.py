@@ -116,6 +116,30 @@ def test_the_policy_is_a_gaussian(module):
     assert restored.std == policy.std
 
 
+def test_every_unit_turns_at_one_of_the_inputs(module):
+    layer, inputs = torch.nn.Linear(10, 64), 50 * torch.randn(30, 10)
+    weight = layer.weight.clone()
+    module.spread(layer, inputs)
+    distance = layer(inputs).abs() / layer.weight.norm(dim=-1)  # (rows, units)
+    assert distance.min(0).values.max() < 1e-4
+    assert len(distance.min(0).indices.unique()) > 15  # of the rows
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 3.0])
+def test_the_penalty_is_for_slopes_above_one_in_units(module, slope):
+    units = torch.tensor(module.UNITS)
+    discriminator = module.Discriminator(4, torch.zeros(13), units)
+    discriminator.network = torch.nn.Linear(13, 1)
+    with torch.no_grad():
+        discriminator.network.weight.copy_(slope * torch.nn.functional.one_hot(torch.tensor(3), 13))
+    pairs = torch.randn(5, 13), torch.randn(5, 13)
+    penalty = module.gradient_penalty(discriminator, *pairs)
+    assert float(penalty.detach()) == pytest.approx(max(0.0, slope - 1) ** 2)
+    (gradient,) = torch.autograd.grad(penalty, discriminator.network.weight)
+    assert float(gradient[0, 3]) == pytest.approx(2 * max(0.0, slope - 1))
+
+
 def test_absorbing_pairs(module):
     pairs = module.make_pairs(torch.randn(10, 9), torch.randn(10, 2))
     assert (pairs[:, 12] == 0).all() and (pairs[:, 10:12].abs() <= 1).all()
