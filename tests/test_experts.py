@@ -84,7 +84,7 @@ def test_a_bad_expert_is_refused(script, tmp_path, monkeypatch, capsys):
     assert script.module.main(["--record-demos", str(path)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "expert" in line and str(script.module.TASKS[script.task.env_id]) in line
-    assert not list(tmp_path.iterdir())
+    assert not list(path.parent.iterdir())
 
 
 def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
