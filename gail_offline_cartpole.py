@@ -1,9 +1,9 @@
 """Offline GAIL on CartPole: policy against discriminator, on the states of the expert alone.
 
-GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. Each update draws
-a minibatch of the expert's states and lets both players move on it:
+GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. On minibatches of
+the expert's states,
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
-    2. the policy raises the expectation of log D - log(1 - D) over its actions.
+    2. the policy takes two natural gradient steps on the reward log D - log(1 - D) of its actions.
 With only two actions the expectations are exact: no action is sampled, no reward normalised.
 
     python gail_offline_cartpole.py --updates 500           a look around: a second of training
@@ -71,10 +71,11 @@ LOG_EVERY = 100  # updates
 def add_settings(parser):
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
-    flag("--updates", type=number(int, 1), default=SCHEDULE, help="of both players")
+    flag("--updates", type=number(int, 1), default=SCHEDULE, help="of the discriminator")
     flag("--batch-size", type=number(int, 1), default=64, help="expert states an update")
     flag("--policy-lr", type=number(float, 0), default=1e-2, help="step size of Adam")
-    flag("--discriminator-lr", type=number(float, 0), default=1e-2, help="the same for D")
+    flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
+    flag("--policy-updates", type=number(int, 1), default=2, help="for each of the discriminator's")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
 
 
@@ -119,9 +120,11 @@ def expected_discriminator_loss(logits, expert_actions, log_probs):
     return (F.softplus(-expert_logits) + policy_term).mean()
 
 
-def expected_policy_loss(log_probs, rewards):
-    """Minus the expected reward of the policy's action, exactly: (batch, 2) both -> ()."""
-    return -(log_probs.exp() * rewards).sum(-1).mean()
+def natural_policy_loss(log_probs, rewards):
+    """In the logits its gradient is minus the natural one of the expected reward (Kakade 2001).
+
+    Every action counts alike, however improbable: (batch, 2) both -> ()."""
+    return -(log_probs * (rewards - rewards.mean(-1, keepdim=True))).sum(-1).mean()
 
 
 def accuracy(policy, observations, actions):
@@ -190,13 +193,19 @@ def train(args):
             policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
             optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
             rows = torch.randint(len(actions), (args.batch_size,))
-            log_probs = policy(observations[rows]).logits  # (batch, 2)
-            logits = discriminator_logits(network, observations[rows], log_probs.detach())
-            loss = expected_discriminator_loss(logits, actions[rows], log_probs.detach())
+            with torch.no_grad():
+                log_probs = policy(observations[rows]).logits  # (batch, 2)
+            logits = discriminator_logits(network, observations[rows], log_probs)
+            loss = expected_discriminator_loss(logits, actions[rows], log_probs)
             descend(optimizer, loss)
 
-            policy_loss = expected_policy_loss(log_probs, logits.detach())
-            descend(policy_optimizer, policy_loss)
+            for _ in range(args.policy_updates):
+                rows = torch.randint(len(actions), (args.batch_size,))
+                log_probs = policy(observations[rows]).logits
+                with torch.no_grad():
+                    rewards = discriminator_logits(network, observations[rows], log_probs)
+                policy_loss = natural_policy_loss(log_probs, rewards)
+                descend(policy_optimizer, policy_loss)
             run.count["updates"] += 1
         scalars = {
             "losses/discriminator": float(loss.detach()),

@@ -71,6 +71,7 @@ DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
 SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to this share
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
+METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
 # What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
 UNITS = [0.1, 0.1, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
@@ -107,11 +108,9 @@ def add_settings(parser):
 
 
 def features(observations):
-    """(..., 9) -> (..., 10): the angle as sine and cosine, the others scaled.
-
-    Metres are halved and no more: divided by the track's length, its corners blur."""
+    """(..., 9) -> (..., 10): the angle as sine and cosine, the others scaled."""
     place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
-    return torch.cat([place / 2, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
+    return torch.cat([METRE * place, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
 
 
 def mlp(*sizes):

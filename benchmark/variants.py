@@ -21,14 +21,8 @@ def as_it_is(script):
 
 
 def places_by_15(script):
-    """The first attempts' scale of x and y: the track's length, instead of 2 metres."""
-    features = script.features
-
-    def blurred(observations):
-        found = features(observations)
-        return torch.cat([found[..., :2] * 2 / 15, found[..., 2:]], -1)
-
-    script.features = blurred
+    """The first attempts' scale of x and y: divided by the track's length."""
+    script.METRE = 1 / 15
 
 
 def no_critic(script):

@@ -300,16 +300,16 @@ def test_expected_discriminator_loss_against_binary_cross_entropy(offline):
     assert torch.allclose(module.expected_discriminator_loss(logits, actions, log_probs), expected)
 
 
-def test_expected_policy_loss_is_reinforce_on_every_action(offline):
+def test_natural_policy_loss_against_the_fisher_matrix(offline):
+    """Fisher times the natural gradient is the gradient of the expected reward, enumerated."""
     module, rewards, _, log_probs = offline
     theta = log_probs.clone().requires_grad_()
-    log_probs = theta.log_softmax(-1)
-    loss = module.expected_policy_loss(log_probs, rewards)
-    (found,) = torch.autograd.grad(loss, theta, retain_graph=True)
-    chances = log_probs.detach().exp()
-    reinforce = 2 * gail.reinforce_loss(log_probs, rewards * chances)  # a sum over two actions
-    (expected,) = torch.autograd.grad(reinforce, theta)
-    assert torch.allclose(found, expected, atol=1e-6)
+    loss = module.natural_policy_loss(theta.log_softmax(-1), rewards)
+    (found,) = torch.autograd.grad(-len(theta) * loss, theta)
+    chances = theta.softmax(-1)
+    (expected,) = torch.autograd.grad((chances * rewards).sum(), theta)
+    for p, natural, plain in zip(chances.detach(), found, expected):
+        assert torch.allclose((p.diag() - p.outer(p)) @ natural, plain, atol=1e-6)
 
 
 def test_offline_discriminator_is_undecided_where_the_policy_is_the_softmax_of_f(offline):
