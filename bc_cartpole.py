@@ -11,8 +11,8 @@ from where the expert was, hardly tells how long it will balance.
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
 
-Expect a return of about 450 of 500 from one demonstration, 500 from four, and 290 from 30 pairs
-(--num-pairs 30), after two seconds of training; the table is in docs/bc_cartpole.md.
+Expect a return of about 460 of 500 from one demonstration, 500 from four, and 300 from 30 pairs
+(--num-pairs 30), after a few seconds of training; the table is in docs/bc_cartpole.md.
 """
 
 # /// script

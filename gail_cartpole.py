@@ -16,7 +16,9 @@ the expert and balances too. `occupancy_distance` in summary.json tells them apa
 expert, 1 like a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-otherwise learns one demonstration by heart; (3) a choice of reward forms; the paper's is `gail`.
+otherwise learns one demonstration by heart; (3) twenty steps of D a rollout, half of its pairs from
+a memory of earlier policies; (4) the entropy bonus stands beside the normalised advantages; (5) a
+choice of reward forms; the paper's is `gail`.
 """
 
 # /// script
@@ -65,7 +67,7 @@ TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC 
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5_000
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
-RECIPES = {  # REINFORCE takes one large step a rollout, and less variance: a shorter horizon
+RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a shorter horizon
     "ppo": {
         "total_steps": 100_000,
         "num_envs": 16,

@@ -13,7 +13,7 @@ With only two actions the expectations are exact: no action is sampled, no rewar
 This is cloning in adversarial clothes: states come from the expert, so nothing is learnt of those
 where the policy errs. docs/gail_offline_cartpole.md compares it with bc_cartpole.py.
 
-DEVIATION: D subtracts log pi(a|s) from its network's output (Fu et al. 2018, AIRL, section 5), so
+DEVIATION: D subtracts log pi(a|s) from its network's output (Fu et al. 2018, AIRL, section 4), so
 that the network's target, log pi_expert, stands still while the policy moves. Without that the two
 chase each other, and more updates make it worse.
 """
@@ -124,7 +124,8 @@ def natural_policy_loss(log_probs, rewards):
     """In the logits its gradient is minus the natural one of the expected reward (Kakade 2001).
 
     Every action counts alike, however improbable: (batch, 2) both -> ()."""
-    return -(log_probs * (rewards - rewards.mean(-1, keepdim=True))).sum(-1).mean()
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    return -(log_probs * centred).sum(-1).mean()
 
 
 def accuracy(policy, observations, actions):

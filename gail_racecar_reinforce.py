@@ -14,11 +14,12 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
 Needs racecar_env.py beside it. docs/gail_racecar_reinforce.md has the results, and what each of
 the choices below is for.
 
-Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D;
-(3) absorbing states: what follows an end is imitated too, so that crashing is not merely the end
-of the pay; (4) a standard deviation of the actions that falls on schedule in place of an entropy
-bonus; (5) a moving average of the policies is what is evaluated and kept; (6) a choice of reward
-forms; the paper's is `gail`.
+Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D, in fixed
+units, and twenty steps of D a rollout; (3) two absorbing states, one after the finish and one after
+a wall: what follows an end is imitated too, so that crashing is not merely the end of the pay.
+Where the finish lies is told, and with it which ends are good; (4) a standard deviation of the
+actions that falls on schedule in place of an entropy bonus; (5) a moving average of the policies is
+what is evaluated and kept; (6) a choice of reward forms; the paper's is `gail`.
 """
 
 # /// script
@@ -69,10 +70,10 @@ METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
 SCHEDULE, FINAL_LR = 1_000_000, 0.05  # the step sizes fall over so many steps, to this share
-STD, FINAL_STD = 0.3, 0.045  # of the actions, over the same steps: first explore, then be precise
+STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # of place, to the networks; where it counts for little, the corners blur
-# What D sees as a difference of 1, which the gradient penalty makes about 1 in its logit:
+# What D sees as a difference of 1, which the gradient penalty lets be worth about 1 in its logit:
 UNITS = [0.4, 0.4, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
@@ -109,7 +110,7 @@ def add_settings(parser):
 
 
 def features(observations):
-    """(..., 9) -> (..., 10): the angle as sine and cosine, the others scaled."""
+    """(..., 9) -> (..., 10): the heading as sine and cosine, place and steering rates scaled."""
     place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
     return torch.cat([METRE * place, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
 
@@ -202,10 +203,8 @@ def make_pairs(observations, actions):
 
 def at_finish(observations):
     """All that is known of the track: (..., 9) -> (...) bool."""
-    distance = (observations[..., :2] - torch.tensor(FINISH, device=observations.device)).norm(
-        dim=-1
-    )
-    return distance <= FINISH_RADIUS
+    finish = torch.tensor(FINISH, device=observations.device)
+    return (observations[..., :2] - finish).norm(dim=-1) <= FINISH_RADIUS
 
 
 def absorbing_pairs(finished):
@@ -426,16 +425,15 @@ def train(args):
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
     expert_pairs = make_pairs(observations, actions)  # (pairs, 13)
-    scale = (torch.zeros(13), torch.tensor(UNITS))
-    discriminator = Discriminator(args.hidden, *scale).to(args.device)
+    discriminator = Discriminator(args.hidden, torch.zeros(13), torch.tensor(UNITS)).to(args.device)
     spread(discriminator.network[0], discriminator.standardise(expert_pairs))
     for network in (critic, policy):
         spread(network.network[0], features(observations))
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
-        laps = [True for episode in run.demos if episode["terminated"]]
-        laps = torch.tensor(laps, dtype=torch.bool, device=args.device)
-        expert_pairs = add_absorbing_pairs(expert_pairs, laps, args.gamma)
+        laps = sum(episode["terminated"] for episode in run.demos)  # taken to be finishes
+        finished = torch.ones(laps, dtype=torch.bool, device=args.device)
+        expert_pairs = add_absorbing_pairs(expert_pairs, finished, args.gamma)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets the policy's
@@ -475,17 +473,15 @@ def train(args):
             )
 
         with torch.no_grad():
-            logits, expert_logits = (
-                discriminator(pairs),
-                discriminator(expert_pairs[: len(actions)]),
-            )
+            logits = discriminator(pairs)
+            expert_logits = discriminator(expert_pairs[: len(actions)])  # not the absorbing ones
             rewards = imitation_reward(logits, args.reward)
+            if args.control == "constant-reward":
+                rewards = torch.ones_like(rewards)
             absorbing_value = torch.zeros((), device=args.device)
             if absorbing:
                 forever = imitation_reward(discriminator(absorbing_pairs(finished)), args.reward)
                 absorbing_value = forever / (1 - args.gamma)  # (num_steps, num_envs)
-            if args.control == "constant-reward":
-                rewards = torch.ones_like(rewards)
             values = critic(batch["observations"])  # (num_steps, num_envs)
             next_values = critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)

@@ -380,8 +380,9 @@ class WaypointController:
     """The expert: steers by minus gain times the heading error to a waypoint ahead.
 
     It is a plain function of the observation, without memory, so that it can be asked anywhere.
-    Waypoints lie 1 m apart in the middle of the corridor. The car aims at the second one after the
-    nearest, and cuts the corners a little: the first would be too near for the slow steering.
+    Waypoints lie 1 m apart in the middle of the corridor, the last at the finish. The car aims at
+    the second one after the nearest, and cuts the corners a little: the first would be too near for
+    the slow steering.
     """
 
     WAYPOINTS = np.array(

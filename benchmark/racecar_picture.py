@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import racecar_env  # noqa: E402
 
-EPISODES, SEED = 20, 2_000_000  # apart from training's and the scripts' evaluation
+EPISODES, SEED = 20, 200_000_000  # apart from training's and the scripts' evaluation
 EVERY, COLOURS = 4, 64  # frames of the film, colours of its palette
 
 

@@ -21,8 +21,9 @@ def as_it_is(script):
 
 
 def places_by_15(script):
-    """The first attempts' scale of x and y: divided by the track's length."""
+    """The first attempts' scale of x and y: divided by the track's length. D's units stay 0.2 m."""
     script.METRE = 1 / 15
+    script.UNITS = [0.2 / 15, 0.2 / 15, *script.UNITS[2:]]
 
 
 def no_critic(script):

@@ -32,7 +32,7 @@ def test_the_script_accepts_every_command_of_an_experiment(name):
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
-def test_a_variant_replaces_one_name_that_the_script_has(variant):
+def test_a_variant_replaces_names_that_the_script_has(variant):
     if not PYBULLET:
         pytest.skip("no pybullet")
     module = importlib.import_module("gail_racecar_ppo")
@@ -40,7 +40,7 @@ def test_a_variant_replaces_one_name_that_the_script_has(variant):
     variant(copy)
     changed = [name for name in vars(copy) if vars(copy)[name] is not vars(module).get(name)]
     assert vars(copy).keys() == vars(module).keys()
-    assert len(changed) == (variant is not variants.as_it_is)
+    assert bool(changed) == (variant is not variants.as_it_is)
 
 
 def test_interquartile_mean_and_its_interval():
