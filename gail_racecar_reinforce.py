@@ -69,7 +69,7 @@ TASKS = {"RaceCar-v0": 0.95}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 1_000_000, 0.05  # the step sizes fall over so many steps, to this share
+SCHEDULE, FINAL_LR = 1_000_000, 0.05  # D's step size falls over so many steps, to this share
 STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # of place, to the networks; where it counts for little, the corners blur
@@ -86,10 +86,10 @@ def add_settings(parser):
     flag("--total-steps", type=number(int, 1), default=SCHEDULE, help="environment steps")
     flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
-    flag("--policy-lr", type=number(float, 0), default=3e-4, help="step size of Adam")
+    flag("--policy-lr", type=number(float, 0), default=4e-4, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
-    flag("--gamma", type=number(float, 0, 0.9999), default=0.9, help="discount factor")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.95, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
     flag(
         "--epochs", type=number(int, 1), default=5, help="passes of the baseline over each rollout"
@@ -453,7 +453,7 @@ def train(args):
 
     while not run.finished:
         left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
-        optimizer.param_groups[0]["lr"] = args.policy_lr * left
+        optimizer.param_groups[0]["lr"] = args.policy_lr * left**2
         discriminator_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         policy.std.fill_(max(STD * left, FINAL_STD))
 
