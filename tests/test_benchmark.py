@@ -1,17 +1,17 @@
 """What stands behind the tables: the experiments, the variants and the statistics."""
 
-import importlib
+import importlib.util
 import sys
 import tomllib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scripts import PYBULLET, ROOT
+from scripts import PYBULLET, ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 report, run, variants = (importlib.import_module(name) for name in ("report", "run", "variants"))
 
+SCRIPTS_BY_NAME = {case.script: case for case in SCRIPTS}
 EXPERIMENTS = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text())
 
 
@@ -32,15 +32,19 @@ def test_the_script_accepts_every_command_of_an_experiment(name):
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
-def test_a_variant_replaces_names_that_the_script_has(variant):
+def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path):
     if not PYBULLET:
         pytest.skip("no pybullet")
-    module = importlib.import_module("gail_racecar_ppo")
-    copy = SimpleNamespace(**vars(module))
-    variant(copy)
-    changed = [name for name in vars(copy) if vars(copy)[name] is not vars(module).get(name)]
-    assert vars(copy).keys() == vars(module).keys()
+    spec = importlib.util.spec_from_file_location("variant", ROOT / "gail_racecar_ppo.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before = dict(vars(script))
+    variant(script)
+    assert vars(script).keys() == before.keys()
+    changed = [name for name, value in vars(script).items() if value is not before[name]]
     assert bool(changed) == (variant is not variants.as_it_is)
+    argv = SCRIPTS_BY_NAME["gail_racecar_ppo"].argv(tmp_path / "run", "--eval-episodes", 2)
+    assert script.main(argv) == 0
 
 
 def test_interquartile_mean_and_its_interval():
