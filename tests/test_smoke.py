@@ -257,7 +257,7 @@ def test_interrupted_and_killed(script, tmp_path, quick, capsys):
     def start(*argv):
         """A process of its own, up to its first checkpoint that goes beyond the last."""
         after = done(script, folder) if folder.exists() else 0
-        process, until = script.start(argv, tmp_path), time.monotonic() + 60
+        process, until = script.start(argv, tmp_path), time.monotonic() + 180
         while not (folder / "checkpoint.pt").exists() or done(script, folder) <= after:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < until
@@ -266,7 +266,7 @@ def test_interrupted_and_killed(script, tmp_path, quick, capsys):
 
     process = start(*script.argv(folder, "--demos", script.task.demos, budget=10**9))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     python, name, *argv = errors.split("go on with: ")[1].split()
