@@ -1,0 +1,860 @@
+"""AggreVaTeD on BipedalWalker: learn to walk from an expert that can be asked, and pass it.
+
+AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) follows the gradient
+of the expert's cost-to-go in the states that the learner visits:
+    1. roll in: each trajectory by the expert with probability alpha, else by the learner, up to a
+       random time; from there the expert walks to the end, so that its cost-to-go is seen,
+    2. fit Q*, the value of an action if the expert goes on after it, to all transitions so far,
+    3. improve the learner's own actions in the visited states by A*(s, a) = Q*(s, a) - V*(s),
+    4. validate, and keep the best policy.
+DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algorithm dagger`.
+
+    python aggrevated_bipedal.py --iterations 2            a look around
+    python aggrevated_bipedal.py                           the default run: the weak expert
+    python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
+
+docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
+
+Deviations from the paper: (1) the gradient is taken through Q* (reparameterised), by Adam, where
+the paper has the score function and the natural gradient; (2) the learner is held near the expert's
+action; (3) Q* is a network, refitted each iteration, and of several such the mean minus the spread
+counts; (4) roll-ins are perturbed by noise; (5) all states so far are learnt from, as in DAgger.
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[box2d]>=1.1,<2",
+#     "matplotlib>=3.8",
+#     "moviepy>=2",
+#     "numpy>=1.26",
+#     "tensorboard>=2.16",
+#     "torch==2.13.0",
+#     "tqdm>=4.66",
+# ]
+# ///
+
+import argparse
+import copy
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from datetime import datetime
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import RecordVideo
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 1
+EVAL_ENVS, VALIDATION_EPISODES = 50, 20
+EXPERTS = {"BipedalWalker-v3": "weak", "BipedalWalkerHardcore-v3": "good"}  # shipped in experts/
+FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
+
+
+def add_settings(parser):
+    flag = parser.add_argument_group("expert").add_argument
+    shipped = "weak or good (shipped), or a .zip of stable-baselines3's SAC or TD3"
+    flag("--expert", default="weak", metavar="NAME", help=shipped)
+    flag("--expert-episodes", type=number(int, 5), default=100, help="to tell how good it is")
+    flag = parser.add_argument_group("roll-in").add_argument
+    flag("--iterations", type=number(int, 1), default=30, help="of roll in, refit, improve")
+    flag("--num-envs", type=number(int, 1), default=10, help="environments, a trajectory each")
+    mixing = "iterations in which alpha, the expert's share of the trajectories, falls from 1 to 0"
+    flag("--mixing", type=number(int, 0), default=10, help=mixing)
+    noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
+    flag("--noise", type=number(float, 0), default=0.3, help=noise)
+    flag = parser.add_argument_group("Q*").add_argument
+    refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
+    flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
+    flag("--critics", type=number(int, 2), default=4, help="networks; their spread is doubt")
+    flag("--critic-hidden", type=number(int, 1), default=128, help="their hidden layers' width")
+    flag("--critic-updates", type=number(int, 0), default=1_500, help="an iteration")
+    flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
+    flag = parser.add_argument_group("policy").add_argument
+    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
+    flag("--policy-updates", type=number(int, 1), default=1_500, help="an iteration")
+    flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
+    flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
+    flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")
+    flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
+    caution = "how many deviations of the critics to take off their mean"
+    flag("--caution", type=number(float, 0), default=1.0, help=caution)
+    anchor = "weight of the squared distance to the expert's action, in units of the return"
+    flag("--anchor", type=number(float, 0), default=1.0, help=anchor)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def relu_mlp(*sizes):
+    """Linear layers with ReLU between them: (..., sizes[0]) -> (..., sizes[-1])."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Policy(nn.Module):
+    """CHANGE ME: a squashed Gaussian; observations (..., 24) -> a distribution over (..., 4)."""
+
+    def __init__(self, hidden, std):
+        super().__init__()
+        self.settings = {"hidden": hidden, "std": std}
+        self.network = relu_mlp(24, hidden, hidden, 4)
+
+    def forward(self, observations):
+        gaussian = Normal(self.network(observations), self.settings["std"], validate_args=False)
+        return TransformedDistribution(gaussian, TanhTransform(cache_size=1), validate_args=False)
+
+    def greedy(self, observations):
+        return self.network(observations).tanh()
+
+    @torch.no_grad()
+    def act(self, observations):
+        """The greedy actions, NumPy in and out: (batch, 24) -> (batch, 4)."""
+        device = self.network[0].weight.device
+        return self.greedy(torch.as_tensor(observations, device=device)).cpu().numpy()
+
+
+class Critics(nn.Module):
+    """Several networks for Q*(s, a): (batch, 24), (batch, 4) -> (networks, batch)."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, observations, actions):
+        pairs = torch.cat([observations, actions], -1)
+        return torch.stack([network(pairs).squeeze(-1) for network in self.networks])
+
+
+class Expert(nn.Module):
+    """The greedy actor and the critics of a stable-baselines3 SAC or TD3, from its weights.
+
+    `weights` are named as there. Raises KeyError, ValueError or RuntimeError at anything else."""
+
+    def __init__(self, weights):
+        super().__init__()
+        actor = [name.removesuffix(".weight") for name in weights if name.startswith("actor.")]
+        actor = [name for name in dict.fromkeys(actor) if not name.endswith(("bias", "log_std"))]
+        self.actor = self.network_of(weights, actor)
+        self.critics = Critics(
+            self.network_of(weights, [f"critic.qf{i}.{j}" for j in range(0, 2 * len(actor), 2)])
+            for i in range(2)
+        )
+
+    @staticmethod
+    def network_of(weights, names):
+        shapes = [weights[f"{name}.weight"].shape for name in names]
+        network = relu_mlp(shapes[0][1], *(outputs for outputs, _ in shapes))
+        for layer, name in zip(network[::2], names):
+            layer.load_state_dict({k: weights[f"{name}.{k}"].float() for k in ("weight", "bias")})
+        return network
+
+    def forward(self, observations):
+        return self.actor(observations).tanh()
+
+    @torch.no_grad()
+    def act(self, observations):
+        """NumPy in and out: (batch, 24) -> (batch, 4)."""
+        device = self.actor[0].weight.device
+        return self(torch.as_tensor(observations, device=device)).cpu().numpy()
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def discounted_returns(rewards, gamma):
+    """The cost-to-go, with rewards in place of costs: sum of gamma^k r_{t+k}; (steps,) both."""
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros(())
+    for step in reversed(range(len(rewards))):
+        following = returns[step] = rewards[step] + gamma * following
+    return returns
+
+
+def fitted_q_loss(critics, target, batch, gamma):
+    """Squared error to r + gamma Q*(s', the EXPERT's action there), and no more after a fall.
+
+    Fitted Q evaluation (Le et al. 2019, algorithm 3): whoever acted, it is the expert's Q. -> ()"""
+    with torch.no_grad():
+        following = target(batch["next_observations"], batch["next_expert_actions"])
+        targets = batch["rewards"] + gamma * ~batch["fell"] * following  # (networks, batch)
+    return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
+
+
+def cautious_advantages(critics, observations, actions, expert_actions, caution):
+    """A*(s, a) = Q*(s, a) - Q*(s, expert's): mean over the networks less their spread. (batch,)"""
+    difference = critics(observations, actions) - critics(observations, expert_actions)
+    spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has no gradient
+    return difference.mean(0) - caution * spread
+
+
+def aggrevated_loss(policy, critics, observations, expert_actions, weight, caution, anchor):
+    """Minus A* of the learner's own actions, reparameterised, held near the expert's. -> ()
+
+    DEVIATION: the paper's gradient (eq. 4) is of the same expectation, by the score function."""
+    actions = policy(observations).rsample()
+    advantages = cautious_advantages(critics, observations, actions, expert_actions, caution)
+    distances = (policy.greedy(observations) - expert_actions).square().sum(-1)
+    return (anchor * distances - weight * advantages).mean()
+
+
+def dagger_loss(policy, observations, expert_actions):
+    """Squared distance to the expert's actions (Ross et al. 2011): (batch, ...) twice -> ()."""
+    return (policy.greedy(observations) - expert_actions).square().sum(-1).mean()
+
+
+def correlation(x, y):
+    """Pearson's; 0 where one of them does not vary: (n,) twice -> float."""
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
+
+
+# --- environment and expert -----------------------------------------------------------------------
+
+
+class Walkers:
+    """One episode in each of some environments; a walker whose episode is over rests.
+
+    To be reset once: Box2D remembers what went before, and a second episode of the same seed may
+    take another course."""
+
+    def __init__(self, env_id, num_envs):
+        self.envs = [gym.make(env_id) for _ in range(num_envs)]
+        self.num_envs = num_envs
+        self.action_space = batch_space(self.envs[0].action_space, num_envs)
+
+    def reset(self, seed):
+        resets = [env.reset(seed=seed + i) for i, env in enumerate(self.envs)]
+        self.observations = np.stack([observation for observation, _ in resets])
+        self.over = np.zeros(self.num_envs, bool)
+        return self.observations.copy(), {}
+
+    def step(self, actions):
+        """As a vector environment's. Raises Failed at a NaN, at which Box2D would abort."""
+        if not np.isfinite(actions).all():
+            raise Failed("an action is NaN or infinite, expected numbers in [-1, 1]")
+        rewards, terminated, truncated = np.zeros((3, self.num_envs))
+        for i in np.flatnonzero(~self.over):
+            self.observations[i], rewards[i], terminated[i], truncated[i], _ = self.envs[i].step(
+                actions[i]
+            )
+        self.over |= (terminated + truncated) > 0
+        return self.observations.copy(), rewards, terminated > 0, truncated > 0, {}
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+def make_envs(env_id, num_envs):
+    """CHANGE ME: the task."""
+    return Walkers(env_id, num_envs)
+
+
+def make_expert(args):
+    """CHANGE ME: the expert, from a file that is never unpickled."""
+
+    def load(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            check(size < 2**28, "unpacks to more than 256 MB")
+            about = json.loads(archive.read("data"))
+            weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+        trained_on = about.get("env_id", args.env_id)  # stable-baselines3 does not tell
+        check(trained_on == args.env_id, f"an expert for {trained_on}, expected {args.env_id}")
+        check(not about.get("use_sde"), "uses gSDE, expected a plain SAC or TD3")
+        activation = str(dict(about.get("policy_kwargs") or {}).get("activation_fn", "ReLU"))
+        check("ReLU" in activation, f"layers with {activation}, expected ReLU")
+        expert = Expert(weights)
+        check(all(x.isfinite().all() for x in expert.state_dict().values()), "weights with NaN")
+        observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
+        check(expert(observations).shape == actions.shape, "other actions, expected 4")
+        expert.critics(observations, actions)
+        return expert.requires_grad_(False)
+
+    shipped = Path(__file__).parent / "experts" / f"{args.env_id}_{args.expert}.zip"
+    path = shipped if args.expert in ("good", "weak") else Path(args.expert)
+    return read(path, load).to(args.device)
+
+
+@torch.no_grad()
+def roll_in(envs, policy, expert, alpha, length, args):
+    """A trajectory of each environment, one after the other: a dict of (steps, ...).
+
+    Each is begun by the expert (with probability alpha) or the learner, with noise on the actions,
+    and walked to its end by the expert alone, from a random step below `length` on: `tail`.
+    DAgger's have neither noise nor tail."""
+    observations, _ = envs.reset(seed=int(torch.randint(2**31 - 10_000, ())))
+    by_expert = torch.rand(envs.num_envs, 1) < alpha
+    switch = torch.randint(length, (envs.num_envs, 1))
+    scale = args.noise * torch.rand(envs.num_envs, 1)
+    if args.algorithm == "dagger":
+        switch[:], scale[:] = 10**9, 0.0
+    noise, frames = torch.randn(envs.num_envs, 4), []
+    while not envs.over.all():
+        running = ~envs.over
+        seen = torch.as_tensor(observations, device=args.device)
+        expert_actions, greedy = expert(seen).cpu(), policy.greedy(seen).cpu()
+        chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
+        tail = len(frames) >= switch
+        actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1))
+        noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # lasts some steps, deviation 1
+        frame = (running, observations, actions.numpy(), expert_actions.numpy(), tail[:, 0].numpy())
+        observations, rewards, *_ = envs.step(actions.numpy())
+        frames.append((*frame, rewards.astype(np.float32), observations, rewards <= FALL))
+    envs.close()
+    running, *columns = (np.stack(column, 1) for column in zip(*frames))
+    names = ("observations", "actions", "expert_actions", "tail", "rewards", "next_observations")
+    batch = {name: torch.as_tensor(x[running]) for name, x in zip((*names, "fell"), columns)}
+    batch["last"] = torch.zeros(len(batch["rewards"]), dtype=torch.bool)
+    batch["last"][torch.as_tensor(running.sum(1).cumsum() - 1)] = True
+    batch["next_expert_actions"] = expert(batch["next_observations"].to(args.device)).cpu()
+    return batch
+
+
+class Transitions:
+    """All transitions so far, of which a checkpoint holds every one."""
+
+    def __init__(self):
+        self.columns = {}
+
+    def add(self, batch):
+        kept = self.columns or {name: column[:0] for name, column in batch.items()}
+        self.columns = {name: torch.cat([kept[name], batch[name]]) for name in batch}
+
+    def sample(self, size, device):
+        rows = torch.randint(len(self.columns["rewards"]), (size,))
+        return {name: column[rows].to(device) for name, column in self.columns.items()}
+
+    def state_dict(self):
+        return self.columns
+
+    def load_state_dict(self, state):
+        self.columns = state
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def cost_to_go(batch, gamma):
+    """Which of the expert's own steps have a known cost-to-go, and that: (steps,) bool, (steps,).
+
+    Known is it up to a fall, and 5 / (1 - gamma) steps before any other end."""
+    known, returns, begin = torch.zeros_like(batch["tail"]), [], 0
+    for end in (batch["last"].nonzero()[:, 0] + 1).tolist():
+        returns.append(discounted_returns(batch["rewards"][begin:end], gamma))
+        until = end if batch["fell"][end - 1] else max(begin, end - round(5 / (1 - gamma)))
+        known[begin:until] = batch["tail"][begin:until]
+        begin = end
+    return known, torch.cat(returns)
+
+
+@torch.no_grad()
+def agreement(critics, batch, args):
+    """Correlation of Q* with the cost-to-go that followed, over the expert's steps of `batch`."""
+    known, returns = cost_to_go(batch, args.gamma)
+    pairs = (batch[name][known].to(args.device) for name in ("observations", "actions"))
+    return correlation(critics(*pairs).mean(0).cpu(), returns[known])
+
+
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def refit(critics, target, optimizer, transitions, args):
+    """Fitted Q evaluation on all transitions so far; returns the last loss."""
+    loss = torch.zeros(())
+    for _ in range(args.critic_updates):
+        batch = transitions.sample(args.batch_size, args.device)
+        loss = fitted_q_loss(critics, target.module, batch, args.gamma)
+        descend(optimizer, loss)
+        target.update_parameters(critics)
+    return {"losses/critics": float(loss.detach())}
+
+
+def improve(policy, critics, optimizer, transitions, weight, args):
+    """Step 3, on the states of all trajectories so far; returns the means of the updates."""
+    critics.requires_grad_(False)
+    total = torch.zeros((), device=args.device)
+    for _ in range(args.policy_updates):
+        batch = transitions.sample(args.batch_size, args.device)
+        states = (batch["observations"], batch["expert_actions"])
+        if args.algorithm == "dagger":
+            loss = dagger_loss(policy, *states)
+        else:
+            loss = aggrevated_loss(policy, critics, *states, weight, args.caution, args.anchor)
+        descend(optimizer, loss)
+        total += loss.detach()
+    critics.requires_grad_(True)
+    return {"losses/policy": float(total) / args.policy_updates}
+
+
+def train(args):
+    """Run the algorithm; returns what summary.json holds."""
+    run = Run(args)
+    expert = run.expert
+    policy = Policy(args.hidden, args.std).to(args.device)
+    best = copy.deepcopy(policy)
+    critics = expert.critics
+    if args.refit_critic:
+        sizes = (28, args.critic_hidden, args.critic_hidden, 1)
+        critics = Critics(relu_mlp(*sizes) for _ in range(args.critics)).to(args.device)
+    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    transitions = Transitions()
+    optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
+    networks = {"policy": policy, "best": best, "critics": critics, "target": target}
+    optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    run.start(**networks, **optimizers, transitions=transitions)
+    length = int(run.expert_length)
+
+    while not run.finished:
+        alpha = max(0.0, 1 - run.count["updates"] / max(args.mixing, 1e-9))
+        envs = make_envs(args.env_id, args.num_envs)
+        batch = roll_in(envs, policy, expert, alpha, length, args)
+        transitions.add(batch)
+        run.count["env_steps"] += len(batch["rewards"])
+        run.count["updates"] += 1
+
+        scalars = {"charts/alpha": alpha, "charts/falls": float(batch["fell"].sum())}
+        if args.algorithm == "aggrevated":
+            scalars["critics/correlation_before"] = agreement(critics, batch, args)
+            if args.refit_critic:
+                scalars |= refit(critics, target, critic_optimizer, transitions, args)
+            scalars["critics/correlation_after"] = agreement(critics, batch, args)
+        weight = 1 - alpha  # while the expert walks, the learner imitates it
+        scalars |= improve(policy, critics, optimizer, transitions, weight, args)
+        run.record(scalars, policy, best)
+    return run.finish(best)
+
+
+# ==================================================================================================
+# The harness: flags, evaluation, run folder, main. It holds nothing of the algorithm: read it once.
+# It is the other scripts' but for what asking an expert, in place of watching its demonstrations,
+# and validating change. From above it takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS,
+# VALIDATION_EPISODES, add_settings, Policy, make_envs, make_expert and train.
+# ==================================================================================================
+
+SCRIPT = Path(__file__).stem
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+MAY_CHANGE = (  # beside --resume
+    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
+    *("out", "device", "num_threads", "no_progress"),
+)
+
+
+class BadInput(Exception):
+    """Something that a person can mend: one line on stderr, exit status 2."""
+
+
+class Failed(Exception):
+    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float of [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
+    add_settings(parser)
+    flag = parser.add_argument_group("run").add_argument
+    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"validate: in {CLOCK}")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
+    flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
+    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
+    flag("--render", action="store_true", help="at the end, three episodes in a window")
+    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
+    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
+        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
+        script = saved.pop("script", None)
+        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
+        settings = []  # as flags once more, so that argparse checks them
+        for name, value in saved.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                word = f"--{'' if value else 'no-'}{flag}"
+                settings += [word] * (value != parser.get_default(name))
+            elif value is not None:
+                settings.append(f"--{flag}={value}")
+        resume, before = args.resume, vars(parser.parse_args(settings))
+        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
+        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
+        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    return args
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def read(path, reader):
+    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    try:
+        return reader(Path(path))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
+        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def write(path, writer):
+    """Let `writer(file)` write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def play(act, env_id, episodes, seed):
+    """The first episode of each of many environments, so that short ones are not preferred.
+
+    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    played = []
+    while len(played) < episodes:
+        envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
+        envs.action_space.seed(seed + len(played))
+        observations, _ = envs.reset(seed=seed + len(played))
+        running, frames = np.ones(envs.num_envs, bool), []
+        while running.any():
+            actions = act(observations) if act else envs.action_space.sample()
+            frame = (running.copy(), observations, actions)
+            observations, rewards, terminated, truncated, _ = envs.step(actions)
+            frames.append((*frame, rewards, terminated))
+            running &= ~(terminated | truncated)
+        envs.close()
+        running, *columns = (np.stack(column, 1) for column in zip(*frames))
+        names = ("observations", "actions", "rewards", "terminated")
+        for i, steps in enumerate(running):
+            played.append({name: column[i, steps] for name, column in zip(names, columns)})
+            played[-1]["terminated"] = bool(played[-1]["terminated"][-1])
+    return played
+
+
+def statistics(episodes):
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
+    if METRIC == "success_rate":  # a task that pays for success alone
+        result["success_rate"] = float((returns > 0).mean())
+    return result
+
+
+def squared_energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def occupancy_distances(env_id, held_out, samples):
+    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    space = gym.make(env_id).action_space
+
+    def pairs(episodes):
+        observations, actions = tensors(episodes)
+        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        if isinstance(space, gym.spaces.Discrete):
+            actions = torch.eye(int(space.n))[actions]
+        return torch.cat([observations[rows], actions[rows]], -1).double()
+
+    expert = pairs(held_out)
+    mean, std = expert.mean(0), expert.std(0)
+    std = std.where(std > 0, 1.0)
+    distances = {
+        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
+        for name, episodes in samples.items()
+    }
+    return {name: distance / distances["random"] for name, distance in distances.items()}
+
+
+def tensors(episodes, device="cpu"):
+    """The observations and the actions of all episodes: (pairs, ...) both."""
+    names = ("observations", "actions")
+    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
+    return [torch.as_tensor(array, device=device) for array in arrays]
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+    }
+
+
+class Run:
+    """One run: its expert, folder, log, curve, checkpoints and result."""
+
+    latest = None  # for the command that resumes it
+
+    def __init__(self, args):
+        began = time.perf_counter()
+        torch.set_num_threads(args.num_threads)
+        self.args, self.curve, self.seconds = args, [], 0.0
+        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
+        self.expert = make_expert(args)
+        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        if not args.resume:
+            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # the final evaluation's, to be paired
+        episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
+        print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
+        self.others, self.held_out = np.split(np.array(episodes), [-(len(episodes) // 5)])
+        self.expert_length = statistics(episodes)["length_mean"]
+        torch.manual_seed(args.seed)
+        self.setup_seconds = time.perf_counter() - began
+
+    def start(self, **parts):
+        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        self.parts, args = parts, self.args
+        if args.resume:
+            read(self.folder / "checkpoint.pt", self.load)
+        else:
+            self.save()
+        Run.latest = self
+        now = self.count[CLOCK]
+        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
+        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+
+    def save(self):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
+        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        if self.args.device == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self, path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.__dict__.update(state["run"])
+        torch.set_rng_state(state["rng"])
+        if self.args.device == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    @property
+    def finished(self):
+        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+
+    def record(self, scalars, policy, best):
+        """End an iteration: log it, validate and save where due. Raises Failed at a NaN loss."""
+        now, every = self.count[CLOCK], self.args.eval_every
+        self.seconds = time.perf_counter() - self.clock
+        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+            if tag.startswith("losses/") and not math.isfinite(value):
+                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+            self.log.add_scalar(tag, value, now)
+        due = self.finished or now // every > self.count["evaluated"] // every
+        if due:
+            result = self.evaluate(policy, 0, VALIDATION_EPISODES)
+            self.seconds = time.perf_counter() - self.clock
+            if result[METRIC] >= max([point[METRIC] for point in self.curve], default=-math.inf):
+                best.load_state_dict(policy.state_dict())
+            self.count["evaluated"] = now
+            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
+            for name in ("return_mean", "return_std", "success_rate"):
+                if name in result:
+                    self.log.add_scalar(f"eval/{name}", result[name], now)
+            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
+        if due or time.perf_counter() - self.saved > 10:
+            self.save()
+            self.saved = time.perf_counter()
+        self.bar.update(now - self.bar.n)
+        self.clock = time.perf_counter() - self.seconds  # saving does not count
+
+    def evaluate(self, policy, offset, episodes):
+        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
+        self.played = play(policy.act, self.args.env_id, episodes, seed)
+        return statistics(self.played)
+
+    def finish(self, policy, diagnosis=""):
+        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        args, folder, env_id = self.args, self.folder, self.args.env_id
+        self.bar.close()
+        self.log.close()
+        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
+        saved["weights"] = policy.state_dict()
+        write(folder / "policy.pt", lambda file: torch.save(saved, file))
+        learner = self.evaluate(policy, 500, args.eval_episodes)
+        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
+        samples |= {"expert": self.others, "learner": self.played}
+        experts = [*self.others, *self.held_out]
+        results = {"random": statistics(samples["random"]), "learner": learner}
+        results["expert"] = statistics(experts)
+        distances = occupancy_distances(env_id, self.held_out, samples)
+        for name, result in results.items():
+            result["occupancy_distance"] = distances[name]
+        both = ([e["rewards"].sum() for e in episodes] for episodes in (self.played, experts))
+        gains = np.array([ours - theirs for ours, theirs in zip(*both)])  # on the same seeds
+        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
+        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        if solved:
+            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
+        verdict += f"; {gains.mean():+.1f} +- {gains.std() / len(gains) ** 0.5:.1f} to its expert"
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
+        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
+        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary |= {"paired_differences": gains.tolist(), "curve": self.curve}
+        summary["solved_at_env_steps"] = solved.get("env_steps")
+        summary["solved_at_seconds"] = solved.get("wall_seconds")
+        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        write_json(folder / "summary.json", summary)
+        draw(summary, folder / "learning_curve.png")
+        show(policy, args, folder)
+        for name in ("random", "expert", "learner"):
+            print(f"{name:8}{describe(results[name])}")
+        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        return summary
+
+
+def describe(result):
+    if result is None:
+        return "unknown: the demonstrations hold no rewards"
+    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
+    if "success_rate" in result:
+        text += f", success {result['success_rate']:.0%}"
+    distance = result.get("occupancy_distance")
+    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random as lines."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes, curve = figure.subplots(), summary["curve"]
+    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
+    axes.plot(x, y, "o-", markersize=3, label="learner")
+    for name, style in (("expert", "--"), ("random", ":")):
+        if summary[name]:
+            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
+    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
+    axes.legend()
+    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def show(policy, args, folder):
+    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
+        env = gym.make(args.env_id, render_mode=mode)
+        if mode == "rgb_array":
+            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
+        try:
+            for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+                (observation, _), over = env.reset(seed=seed), False
+                while not over:
+                    action = policy.act(observation[None])[0]
+                    observation, _, terminated, truncated, _ = env.step(action)
+                    over = terminated or truncated
+            env.close()
+        except Exception as error:  # no display, no encoder: each backend has errors of its own
+            raise Failed(f"showing the policy failed: {error}") from error
+
+
+def evaluate_file(args):
+    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
+
+    def load(path):
+        saved = torch.load(path, weights_only=True, map_location=args.device)
+        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        policy = Policy(**saved["network"]).to(args.device)
+        policy.load_state_dict(saved["weights"])
+        return saved["env_id"], policy
+
+    args.env_id, policy = read(args.evaluate, load)
+    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
+    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
+    write_json(folder / "evaluation.json", result)
+    show(policy, args, folder)
+    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            evaluate_file(args)
+        else:
+            train(args)
+        return 0
+    except (BadInput, Failed, OSError) as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

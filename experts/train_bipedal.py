@@ -1,0 +1,184 @@
+"""Train an expert for BipedalWalker with TQC of sbx-rl, stable-baselines3's implementations in JAX.
+
+    uv run experts/train_bipedal.py --out experts/runs/v3 --until 315
+    uv run experts/train_bipedal.py --env-id BipedalWalkerHardcore-v3 --hidden 192 --batch-size 192 \
+        --gamma 0.99 --fall-penalty 10 --total-steps 1600000 --out experts/runs/hardcore
+    uv run experts/train_bipedal.py --score experts/BipedalWalker-v3_good.zip
+
+The first needs some twenty minutes on one core, the second some hours. Every `--every` steps the
+greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
+stable-baselines3 gives to a SAC (a critic's mean quantile is its value, and the mean over a linear
+layer is one), and a file `data` in JSON that tells where they come from. curve.json has the curve.
+"""
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "gymnasium[box2d]>=1.1,<2",
+#     "numpy>=1.26",
+#     "sbx-rl==0.28.0",
+#     "torch==2.13.0",
+# ]
+# ///
+
+import argparse
+import importlib.metadata
+import io
+import json
+import os
+import shlex
+import sys
+import zipfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+SELECTION_SEEDS, SCORE_SEEDS = 2_000_000, 3_000_000  # seeds of the evaluations; training's are small
+
+
+def layers(tree, names):
+    """sbx's layers under stable-baselines3's names; weights (outputs, inputs), half precision."""
+    weights = {}
+    for layer, name in zip(sorted(tree), names, strict=True):
+        kernel, bias = np.asarray(tree[layer]["kernel"]).T, np.asarray(tree[layer]["bias"])
+        if name.endswith("qf0.4") or name.endswith("qf1.4"):  # the mean of the quantiles
+            kernel, bias = kernel.mean(0, keepdims=True), bias.mean(0, keepdims=True)
+        weights[f"{name}.weight"] = torch.tensor(kernel).half()
+        weights[f"{name}.bias"] = torch.tensor(bias).half()
+    return weights
+
+
+def export(model, path, about):
+    """Write the actor and the critics of `model` to a zip that holds weights and JSON alone."""
+    actor = ["actor.latent_pi.0", "actor.latent_pi.2", "actor.mu", "actor.log_std"]
+    weights = layers(model.policy.actor_state.params["params"], actor)
+    for i, critic in enumerate((model.policy.qf1_state, model.policy.qf2_state)):
+        weights |= layers(critic.params["params"], [f"critic.qf{i}.{j}" for j in (0, 2, 4)])
+    memory = io.BytesIO()
+    torch.save(weights, memory)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("policy.pth", memory.getvalue())
+        file.writestr("data", json.dumps(about, indent=1))
+
+
+def actor_of(path):
+    """The greedy policy of an exported zip: observation (24,) -> action (4,)."""
+    with zipfile.ZipFile(path) as file:
+        weights = torch.load(io.BytesIO(file.read("policy.pth")), weights_only=True)
+        about = json.loads(file.read("data"))
+    names = ("actor.latent_pi.0", "actor.latent_pi.2", "actor.mu")
+    (w0, b0), (w1, b1), (w2, b2) = (
+        [weights[f"{name}.{kind}"].float().numpy() for kind in ("weight", "bias")] for name in names
+    )
+
+    def act(observation):
+        hidden = np.maximum(w1 @ np.maximum(w0 @ observation + b0, 0) + b1, 0)
+        return np.tanh(w2 @ hidden + b2)
+
+    return act, about
+
+
+def score(act, env_id, episodes, seed):
+    """Returns of greedy episodes, and how many of them ended in a fall: (episodes,), int."""
+    env, returns, falls = gym.make(env_id), [], 0
+    for i in range(episodes):
+        (observation, _), total, over = env.reset(seed=seed + i), 0.0, False
+        while not over:
+            observation, reward, terminated, truncated, _ = env.step(act(observation))
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+        falls += reward <= -100
+    return np.array(returns), falls
+
+
+def describe(returns, falls):
+    mean, std, least = float(returns.mean()), float(returns.std()), float(returns.min())
+    return {"mean": mean, "std": std, "min": least, "falls": int(falls), "episodes": len(returns)}
+
+
+def train(args):
+    from sbx import TQC
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    class Evaluate(BaseCallback):
+        """Every `--every` steps: export, evaluate the export, and stop where it is good enough."""
+
+        def _on_step(self):
+            steps = self.num_timesteps
+            if steps // args.every == (steps - args.num_envs) // args.every:
+                return True
+            path = args.out / f"{steps // args.every * args.every}.zip"
+            export(self.model, path, about)
+            result = describe(*score(actor_of(path)[0], args.env_id, args.episodes, SELECTION_SEEDS))
+            curve.append({"steps": steps, "file": path.name, **result})
+            (args.out / "curve.json").write_text(json.dumps({**about, "curve": curve}, indent=1))
+            print(f"{steps:,} steps: {result}", flush=True)
+            return result["mean"] < args.until
+
+    def clipped(env):
+        return gym.wrappers.TransformReward(env, lambda r: max(float(r), -args.fall_penalty))
+
+    args.out.mkdir(parents=True)
+    packages = ("sbx-rl", "jax", "gymnasium", "box2d", "numpy", "torch")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    about = {"env_id": args.env_id, "algorithm": "TQC", "versions": versions}
+    about["command"] = shlex.join(["python", "experts/train_bipedal.py", *sys.argv[1:]])
+    curve = []
+    model = TQC(
+        "MlpPolicy",
+        make_vec_env(args.env_id, args.num_envs, seed=args.seed, wrapper_class=clipped),
+        learning_rate=lambda left: args.lr * max(left, 0.1) if args.decay else args.lr,
+        buffer_size=args.total_steps,
+        batch_size=args.batch_size,
+        gamma=args.gamma,
+        tau=0.01,
+        learning_starts=10_000,
+        train_freq=args.train_freq,
+        gradient_steps=args.gradient_steps,
+        top_quantiles_to_drop_per_net=1,
+        policy_kwargs={"net_arch": [args.hidden] * 2, "n_critics": 2, "n_quantiles": 12},
+        seed=args.seed,
+    )
+    model.learn(args.total_steps, callback=Evaluate(), progress_bar=sys.stderr.isatty())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--env-id", default="BipedalWalker-v3", help="or BipedalWalkerHardcore-v3")
+    flag("--total-steps", type=int, default=400_000, help="environment steps")
+    flag("--until", type=float, default=1e9, help="stop at this mean return")
+    flag("--every", type=int, default=10_000, help="environment steps between evaluations")
+    flag("--episodes", type=int, default=20, help="of an evaluation")
+    flag("--num-envs", type=int, default=8)
+    flag("--train-freq", type=int, default=4, help="steps of each environment before an update")
+    flag("--gradient-steps", type=int, default=32, help="in an update")
+    flag("--hidden", type=int, default=128, help="width of the two hidden layers")
+    flag("--batch-size", type=int, default=128)
+    flag("--gamma", type=float, default=0.98)
+    flag("--lr", type=float, default=5e-4)
+    flag("--decay", action="store_true", help="let the step size fall linearly to a tenth")
+    flag("--fall-penalty", type=float, default=100.0, help="less than 100: a fall costs that")
+    flag("--seed", type=int, default=0)
+    flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")
+    flag("--score", type=Path, help="evaluate this file on fresh seeds and stop")
+    args = parser.parse_args()
+    if args.score:
+        act, about = actor_of(args.score)
+        print(describe(*score(act, about["env_id"], args.episodes, SCORE_SEEDS)))
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
