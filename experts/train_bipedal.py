@@ -1,14 +1,15 @@
 """Train an expert for BipedalWalker with TQC of sbx-rl, stable-baselines3's implementations in JAX.
 
-    uv run experts/train_bipedal.py --out experts/runs/v3 --until 315
-    uv run experts/train_bipedal.py --env-id BipedalWalkerHardcore-v3 --hidden 192 --batch-size 192 \
-        --gamma 0.99 --fall-penalty 10 --total-steps 1600000 --out experts/runs/hardcore
+    uv run experts/train_bipedal.py --every 2500 --episodes 10 --until 318 --out runs/v3
+    uv run experts/train_bipedal.py --pick 260 285 --out runs/v3
     uv run experts/train_bipedal.py --score experts/BipedalWalker-v3_good.zip
 
-The first needs some twenty minutes on one core, the second some hours. Every `--every` steps the
-greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
-stable-baselines3 gives to a SAC (a critic's mean quantile is its value, and the mean over a linear
-layer is one), and a file `data` in JSON that tells where they come from. curve.json has the curve.
+The first needs some twenty minutes on one core and gives the good expert, its last file; the second
+names the weak one, before any learner has seen it; the third is the score that is quoted. Every
+`--every` steps the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with
+the names that stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a
+critic's quantiles become its value), and a file `data` in JSON that tells where they come from.
+curve.json has the curve.
 """
 
 # /// script
@@ -40,7 +41,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-SELECTION_SEEDS, SCORE_SEEDS = 2_000_000, 3_000_000  # seeds of the evaluations; training's are small
+SELECTION_SEEDS, SCORE_SEEDS = (
+    2_000_000,
+    3_000_000,
+)  # seeds of the evaluations; training's are small
 
 
 def layers(tree, names):
@@ -117,7 +121,9 @@ def train(args):
                 return True
             path = args.out / f"{steps // args.every * args.every}.zip"
             export(self.model, path, about)
-            result = describe(*score(actor_of(path)[0], args.env_id, args.episodes, SELECTION_SEEDS))
+            result = describe(
+                *score(actor_of(path)[0], args.env_id, args.episodes, SELECTION_SEEDS)
+            )
             curve.append({"steps": steps, "file": path.name, **result})
             (args.out / "curve.json").write_text(json.dumps({**about, "curve": curve}, indent=1))
             print(f"{steps:,} steps: {result}", flush=True)
@@ -172,10 +178,19 @@ def main():
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")
     flag("--score", type=Path, help="evaluate this file on fresh seeds and stop")
+    pick = "print the first file in --out whose mean return of 100 episodes lies between these"
+    flag("--pick", type=float, nargs=2, metavar=("LOW", "HIGH"), help=pick)
     args = parser.parse_args()
     if args.score:
         act, about = actor_of(args.score)
-        print(describe(*score(act, about["env_id"], args.episodes, SCORE_SEEDS)))
+        print(json.dumps(describe(*score(act, about["env_id"], 100, SCORE_SEEDS))))
+    elif args.pick:
+        for path in sorted(args.out.glob("*.zip"), key=lambda path: int(path.stem)):
+            act, about = actor_of(path)
+            result = describe(*score(act, about["env_id"], 100, SELECTION_SEEDS))
+            print(path, json.dumps(result), flush=True)
+            if args.pick[0] <= result["mean"] <= args.pick[1]:
+                break
     else:
         train(args)
 

@@ -1,8 +1,9 @@
 """Fixtures: `case`, every row of the table in scripts.py, and `finished`, its run folder."""
 
+import gymnasium as gym
 import pytest
 import torch
-from scripts import CASES, SCRIPTS
+from scripts import CASES, SCRIPTS, TASKS, WATCHERS
 
 torch.set_num_threads(1)
 
@@ -22,6 +23,27 @@ def case(request):
 def script(request):
     """One case of each script."""
     return present(request.param)
+
+
+@pytest.fixture(scope="session", params=WATCHERS, ids=lambda case: case.script)
+def watcher(request):
+    """One case of each script that learns from demonstrations."""
+    return present(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_walks():
+    """Cut the walker's episodes short, which an expert would make a thousand steps long."""
+    spec = gym.registry[TASKS["bipedal"].env_id]
+    full, spec.max_episode_steps = spec.max_episode_steps, 40
+    yield full
+    spec.max_episode_steps = full
+
+
+@pytest.fixture
+def long_walks(short_walks, monkeypatch):
+    """As long as in a process of its own."""
+    monkeypatch.setattr(gym.registry[TASKS["bipedal"].env_id], "max_episode_steps", short_walks)
 
 
 @pytest.fixture(scope="session")

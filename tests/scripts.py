@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,13 +25,19 @@ GAIL = (
 )
 
 
+AGGREVATED = (
+    "--hidden 8 --critic-hidden 8 --num-envs 2 --mixing 2 --batch-size 16 --critic-updates 3"
+    " --policy-updates 3 --expert-episodes 5 --eval-every 1"
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """What the scripts for one task have in common."""
 
     env_id: str
-    demos: Path
-    expert_return: float
+    demos: Path | None  # none where the expert is asked
+    expert_return: float | None
     observation: tuple
     action: tuple
     action_dtype: type
@@ -41,6 +48,7 @@ TASKS = {
         "CartPole-v1", ROOT / "experts" / "CartPole-v1_ppo.npz", 500.0, (4,), (), np.int64
     ),
     "racecar": Task("RaceCar-v0", ROOT / "experts" / "RaceCar-v0.npz", 3.0, (9,), (2,), np.float32),
+    "bipedal": Task("BipedalWalker-v3", None, None, (24,), (4,), np.float32),
 }
 
 
@@ -56,7 +64,7 @@ class Case:
     calls: int  # how often that is called in the first iteration, or a little more
 
     def __str__(self):
-        return "-".join([self.script, *self.flags.split("--policy-gradient ")[1:]])
+        return "-".join([self.script, *re.split("--policy-gradient |--algorithm ", self.flags)[1:]])
 
     @property
     def path(self):
@@ -127,7 +135,12 @@ RACECAR_CASES = [
     ),
 ]
 CASES += RACECAR_CASES * PYBULLET
+CASES += [
+    Case("aggrevated_bipedal", AGGREVATED, 3, 2, "aggrevated_loss", 4),
+    Case("aggrevated_bipedal", f"{AGGREVATED} --algorithm dagger", 3, 2, "dagger_loss", 4),
+]
 SCRIPTS = list({case.script: case for case in reversed(CASES)}.values())[::-1]  # one case of each
+WATCHERS = [case for case in SCRIPTS if case.task.demos]  # those that learn from demonstrations
 
 
 def weights(folder):

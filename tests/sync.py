@@ -3,13 +3,16 @@
     python tests/sync.py gail_cartpole.py     the harness, and every function or class of that name
     python tests/sync.py                      only say what differs (exit status 1 if anything does)
 
-The harness is all below its banner. Above it, a top-level function or class that bears the
-same name in two scripts must be the same text. Each script has a `train` of its own, and what else
-OWN names; what PER_TASK names need only agree between scripts for the same task.
+The harness is all below its banner, and has a second version for the script that asks its expert,
+whose functions and methods are the same but for OWN_HARNESS. Above it, a top-level function or
+class that bears the same name in two scripts must be the same text. Each script has a `train` of
+its own, and what else OWN names; what PER_TASK names need only agree between scripts for the same
+task.
 """
 
 import ast
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +34,11 @@ PER_TASK = {
     *("Policy", "make_envs", "make_expert", "rollout"),
     *("make_pairs", "add_absorbing_pairs", "gradient_penalty"),
 }
+ASKING = {"aggrevated_bipedal.py"}
+OWN_HARNESS = {
+    *("parse_args", "main"),
+    *("Run.__init__", "Run.record", "Run.evaluate", "Run.finish"),
+}
 TASKS = ("cartpole", "racecar", "bipedal")
 
 
@@ -49,28 +57,48 @@ def definitions(text):
     return {n.name: "".join(lines[first[n] : n.end_lineno]) for n in nodes}
 
 
+def members(text):
+    """The source of each top-level function and of each method, by name."""
+    found = definitions(text)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef):
+            source = textwrap.dedent(found.pop(node.name).partition("\n")[2])
+            found |= {f"{node.name}.{name}": body for name, body in definitions(source).items()}
+    return found
+
+
 def differences(texts):
     """A line for each thing that should be the same in two scripts and is not."""
     found, first = [], {}
     for script, text in texts.items():
         above, harness = split(text)
-        for name, source in {"the harness": harness, **definitions(above)}.items():
+        parts = {"the harness": harness, **members(harness), **definitions(above)}
+        own = OWN
+        if script in ASKING:
+            own = OWN | OWN_HARNESS | {"the harness"}
+        for name, source in parts.items():
+            if name in own:
+                continue
             task = task_of(script) if name in PER_TASK else None
             other, expected = first.setdefault((name, task), (script, source))
-            if name not in OWN and source != expected:
+            if source != expected:
                 pairs = enumerate(zip(source.splitlines(), expected.splitlines()), 1)
                 line = next((i for i, (a, b) in pairs if a != b), "the last")
                 found.append(f"{name} differs in {other} and {script}, from its line {line} on")
     return found
 
 
-def copy_from(model, text, same_task=True):
+def copy_from(model, text, same_task=True, same_harness=True):
     """`text` with the harness and the same-named definitions of the script `model`."""
-    (source, harness), (above, _) = split(model), split(text)
+    (source, harness), (above, old) = split(model), split(text)
     ours, theirs = definitions(above), definitions(source)
     for name in ours.keys() & theirs.keys() - OWN - (set() if same_task else PER_TASK):
         above = above.replace(ours[name], theirs[name])
-    return above + harness
+    if not same_harness:
+        ours, theirs = definitions(old), definitions(harness)
+        for name in ours.keys() & theirs.keys() - OWN_HARNESS - {"Run"}:
+            old = old.replace(ours[name], theirs[name])
+    return above + (harness if same_harness else old)
 
 
 def task_of(script):
@@ -82,7 +110,13 @@ def main():
     if len(sys.argv) > 1:
         model, task = texts[sys.argv[1]], task_of(sys.argv[1])
         texts = {
-            name: copy_from(model, text, task == task_of(name)) for name, text in texts.items()
+            name: copy_from(
+                model,
+                text,
+                task == task_of(name),
+                (name in ASKING) == (sys.argv[1] in ASKING),
+            )
+            for name, text in texts.items()
         }
         for name, text in texts.items():
             (ROOT / name).write_text(text)

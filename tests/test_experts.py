@@ -10,8 +10,8 @@ from scripts import ROOT, TASKS, linear_rule, same
 FILES = sorted((ROOT / "experts").glob("*.npz"))
 
 
-def parse(script, *argv):
-    return script.module.parse_args([str(argument) for argument in argv])
+def parse(watcher, *argv):
+    return watcher.module.parse_args([str(argument) for argument in argv])
 
 
 def test_there_are_some():
@@ -19,15 +19,15 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_shipped_demonstrations(script, path):
+def test_shipped_demonstrations(watcher, path):
     env_id = path.stem.split("_")[0]
-    if env_id not in script.module.TASKS:
-        pytest.skip(f"{script.script} does not know {env_id}")
+    if env_id not in watcher.module.TASKS:
+        pytest.skip(f"{watcher.script} does not know {env_id}")
     assert path.stat().st_size < 400_000
-    episodes = script.module.read_demos(path, env_id)
+    episodes = watcher.module.read_demos(path, env_id)
     assert len(episodes) == 30
-    score = script.module.statistics(episodes)[script.module.METRIC]
-    assert score >= script.module.TASKS[env_id]
+    score = watcher.module.statistics(episodes)[watcher.module.METRIC]
+    assert score >= watcher.module.TASKS[env_id]
     for episode in episodes:
         assert len(episode["observations"]) == len(episode["actions"]) == len(episode["rewards"])
         if "CartPole" in env_id:  # there the limit ends an episode, not the pole
@@ -38,11 +38,11 @@ def test_shipped_demonstrations(script, path):
     assert metadata["env_id"] == env_id and metadata["expert"]
 
 
-def test_held_out_episodes_are_never_learnt_from(script):
+def test_held_out_episodes_are_never_learnt_from(watcher):
     chosen = set()
     for seed in range(1, 21):
-        args = parse(script, "--seed", seed, "--num-demos", 4)
-        demos, others, held_out = script.module.load_demos(args)
+        args = parse(watcher, "--seed", seed, "--num-demos", 4)
+        demos, others, held_out = watcher.module.load_demos(args)
         assert (len(demos), len(others), len(held_out)) == (4, 10, 20)
         firsts = [{e["observations"].tobytes() for e in x} for x in (demos, others, held_out)]
         assert len(firsts[0]) == 4 and firsts[0] <= firsts[1] and not firsts[1] & firsts[2]
@@ -50,19 +50,19 @@ def test_held_out_episodes_are_never_learnt_from(script):
     assert len(chosen) == 10  # every other one is, by some seed
 
 
-def test_where_all_are_learnt_from_none_is_held_out(script):
-    demos, others, held_out = script.module.load_demos(parse(script, "--num-demos", 11))
+def test_where_all_are_learnt_from_none_is_held_out(watcher):
+    demos, others, held_out = watcher.module.load_demos(parse(watcher, "--num-demos", 11))
     assert (len(demos), len(others), len(held_out)) == (11, 30, 0)
 
 
-def test_num_pairs(script):
+def test_num_pairs(watcher):
     """So many pairs of each episode, at random, none of them twice and none of them broken."""
-    (demo,), (*others,), _ = script.module.load_demos(
-        parse(script, "--num-demos", 1, "--num-pairs", 30)
+    (demo,), (*others,), _ = watcher.module.load_demos(
+        parse(watcher, "--num-demos", 1, "--num-pairs", 30)
     )
-    observations, actions = script.module.tensors([demo])
-    assert observations.shape == (30, *script.task.observation)
-    assert actions.shape == (30, *script.task.action)
+    observations, actions = watcher.module.tensors([demo])
+    assert observations.shape == (30, *watcher.task.observation)
+    assert actions.shape == (30, *watcher.task.action)
     assert len(observations.unique(dim=0)) == 30
     (source,) = [e for e in others if (e["observations"] == demo["observations"][0]).all(1).any()]
     for observation, action in zip(demo["observations"], demo["actions"]):
@@ -73,25 +73,25 @@ def test_num_pairs(script):
 # --- making new ones ------------------------------------------------------------------------------
 
 
-def test_a_bad_expert_is_refused(script, tmp_path, monkeypatch, capsys):
+def test_a_bad_expert_is_refused(watcher, tmp_path, monkeypatch, capsys):
     def always_right(observations):
-        return np.ones((len(observations), *script.task.action), script.task.action_dtype)
+        return np.ones((len(observations), *watcher.task.action), watcher.task.action_dtype)
 
-    monkeypatch.setattr(script.module, "make_expert", lambda args: always_right)
-    if script.script == "gail_racecar_reinforce":
+    monkeypatch.setattr(watcher.module, "make_expert", lambda args: always_right)
+    if watcher.script == "gail_racecar_reinforce":
         pytest.skip("the same text as gail_racecar_ppo's, and a hundred crashes take long")
     path = tmp_path / "new" / "demos.npz"
-    assert script.module.main(["--record-demos", str(path)]) == 1
+    assert watcher.module.main(["--record-demos", str(path)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "expert" in line and str(script.module.TASKS[script.task.env_id]) in line
+    assert "expert" in line and str(watcher.module.TASKS[watcher.task.env_id]) in line
     assert not list(path.parent.iterdir())
 
 
-def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
-    module, path = script.module, tmp_path / "new" / "demos.npz"
-    if script.task is TASKS["racecar"]:
+def test_a_good_expert_is_recorded(watcher, tmp_path, monkeypatch):
+    module, path = watcher.module, tmp_path / "new" / "demos.npz"
+    if watcher.task is TASKS["racecar"]:
         pytest.skip("the same text as in the CartPole scripts, and a hundred laps take long")
-    env_id = script.task.env_id
+    env_id = watcher.task.env_id
     monkeypatch.setattr(module, "make_expert", lambda args: linear_rule)
     assert module.main(["--record-demos", str(path)]) == 0
     assert [p.name for p in path.parent.iterdir()] == ["demos.npz"]
@@ -105,12 +105,12 @@ def test_a_good_expert_is_recorded(script, tmp_path, monkeypatch):
             assert np.array_equal(ours[name], theirs[name])
 
 
-def test_the_shipped_laps_are_the_experts(script):
+def test_the_shipped_laps_are_the_experts(watcher):
     """The first ten, which are driven at once."""
-    if script.task is not TASKS["racecar"]:
+    if watcher.task is not TASKS["racecar"]:
         pytest.skip("the other experts take minutes to train")
-    module = script.module
-    recorded = module.read_demos(script.task.demos, "RaceCar-v0")
+    module = watcher.module
+    recorded = module.read_demos(watcher.task.demos, "RaceCar-v0")
     seed = module.EVALUATION_SEEDS - 1_000
     played = module.play(module.make_expert(None), "RaceCar-v0", module.EVAL_ENVS, seed)
     for ours, theirs in zip(recorded, played):
@@ -118,13 +118,13 @@ def test_the_shipped_laps_are_the_experts(script):
             assert np.array_equal(ours[name], theirs[name])
 
 
-def test_missing_demonstrations_are_made_once(script, tmp_path, monkeypatch, quick):
+def test_missing_demonstrations_are_made_once(watcher, tmp_path, monkeypatch, quick):
     """Where none are shipped, they are kept in the folder of the runs."""
-    if script.task is TASKS["racecar"]:
+    if watcher.task is TASKS["racecar"]:
         pytest.skip("the same text as in the CartPole scripts, and a hundred laps take long")
-    monkeypatch.setattr(script.module, "DEMOS", "new_{env_id}_{expert}.npz")
-    monkeypatch.setattr(script.module, "make_expert", lambda args: linear_rule)
-    policy = script.run(tmp_path / "first")
+    monkeypatch.setattr(watcher.module, "DEMOS", "new_{env_id}_{expert}.npz")
+    monkeypatch.setattr(watcher.module, "make_expert", lambda args: linear_rule)
+    policy = watcher.run(tmp_path / "first")
     assert (tmp_path / "new_CartPole-v1_ppo.npz").exists()
-    monkeypatch.delattr(script.module, "make_expert")
-    assert same(script.run(tmp_path / "second"), policy)
+    monkeypatch.delattr(watcher.module, "make_expert")
+    assert same(watcher.run(tmp_path / "second"), policy)

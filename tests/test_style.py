@@ -15,10 +15,10 @@ from scripts import CASES, RACECAR_CASES, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COMMON_FLAGS = {
-    *("--env-id", "--seed", "--out", "--run-name", "--device", "--num-threads", "--demos"),
-    *("--num-demos", "--record-demos", "--eval-every", "--eval-episodes", "--capture-video"),
-    *("--render", "--resume", "--evaluate", "--no-progress"),
+    *("--env-id", "--seed", "--out", "--run-name", "--device", "--num-threads", "--eval-every"),
+    *("--eval-episodes", "--capture-video", "--render", "--resume", "--evaluate", "--no-progress"),
 }
+WATCHING_FLAGS = {"--demos", "--num-demos", "--record-demos"}
 GAIL_FLAGS = {"--num-envs", "--total-steps", "--bc-updates", "--control"}
 INDIRECT = {  # no script imports these by name
     "pybullet": "racecar_env",
@@ -98,6 +98,8 @@ def test_help_shows_every_flag_with_its_default(script, monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     flags = {flag: action for action in parsers[0]._actions for flag in action.option_strings}
     assert flags.keys() >= COMMON_FLAGS | {script.budget}
+    if script.task.demos:
+        assert flags.keys() >= WATCHING_FLAGS
     if script.script.startswith("gail") and script.module.CLOCK == "env_steps":
         assert flags.keys() >= GAIL_FLAGS
     for flag, action in flags.items():
@@ -116,7 +118,9 @@ def page(script):
 
 
 def test_every_tag_in_the_source_is_documented(source):
-    tags = re.findall(r'"((?:charts|losses|discriminator|eval|accuracy)/\w+)"', source.read_text())
+    tags = re.findall(
+        r'"((?:charts|losses|discriminator|critics|eval|accuracy)/\w+)"', source.read_text()
+    )
     text = page(source.stem)
     undocumented = {tag for tag in tags if tag not in text}
     assert tags and not undocumented
@@ -130,7 +134,7 @@ def test_every_logged_tag_is_documented(case, finished):
 
 
 def test_tags_are_the_uniform_ones(case, finished):
-    groups = {"charts", "losses", "discriminator", "eval", "accuracy"}
+    groups = {"charts", "losses", "discriminator", "critics", "eval", "accuracy"}
     tags = EventAccumulator(str(finished)).Reload().Tags()["scalars"]
     assert {tag.split("/")[0] for tag in tags} <= groups
     assert {"eval/return_mean", "eval/return_std"} <= set(tags)

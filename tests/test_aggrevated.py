@@ -1,0 +1,314 @@
+"""AggreVaTeD's mathematics against their definitions, its expert's files, and its walkers."""
+
+import io
+import json
+import pickle
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT
+from stable_baselines3 import PPO, SAC, TD3
+from test_bad_input import Payload, listing
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import aggrevated_bipedal as script
+
+SHIPPED = sorted((ROOT / "experts").glob("*.zip"))
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def test_log_probability():
+    """Of a squashed Gaussian: the Gaussian's at the inverse, less the log of tanh's slope."""
+    policy = script.Policy(8, 0.3)
+    observations = torch.randn(5, 24)
+    actions = torch.rand(5, 4) * 1.8 - 0.9
+    mean = policy.network(observations).double()
+    exact = torch.distributions.Normal(mean, 0.3).log_prob(actions.double().atanh())
+    exact = exact - (1 - actions.double().square()).log()
+    assert torch.allclose(policy(observations).log_prob(actions).double(), exact, atol=1e-4)
+
+
+class KnownCritics(nn.Module):
+    """Q*(s, a) = s_0 * sum of a_i - 2 * sum of a_i^2, twice."""
+
+    def forward(self, observations, actions):
+        value = observations[:, 0] * actions.sum(-1) - 2 * actions.square().sum(-1)
+        return torch.stack([value, value])
+
+
+def test_gradient_of_the_expected_cost_to_go():
+    """Against finite differences of the expectation, which Gauss-Hermite quadrature knows."""
+    torch.manual_seed(0)
+    policy, state = script.Policy(4, 0.5), torch.randn(1, 24)
+    points, mass = np.polynomial.hermite_e.hermegauss(40)
+    points, mass = torch.tensor(points), torch.tensor(mass) / np.sqrt(2 * np.pi)
+
+    def expectation():
+        actions = (policy.network(state).double() + 0.5 * points[:, None]).tanh()  # (points, 4)
+        values = state[0, 0] * actions - 2 * actions.square()
+        return float((mass[:, None] * values).sum())
+
+    states = state.expand(100_000, -1)
+    expert_actions = torch.zeros(100_000, 4)
+    loss = script.aggrevated_loss(policy, KnownCritics(), states, expert_actions, 1.0, 0.0, 0.0)
+    (gradient,) = torch.autograd.grad(loss, policy.network[-1].bias)
+    for i, estimated in enumerate(gradient.tolist()):
+        bias = policy.network[-1].bias.data
+        bias[i] += 1e-3
+        above = expectation()
+        bias[i] -= 2e-3
+        below = expectation()
+        bias[i] += 1e-3
+        assert -estimated == pytest.approx((above - below) / 2e-3, abs=0.03)
+
+
+def test_the_anchor_is_daggers_loss():
+    policy, states, actions = script.Policy(4, 0.1), torch.randn(6, 24), torch.rand(6, 4)
+    held = script.aggrevated_loss(policy, KnownCritics(), states, actions, 0.0, 1.0, 3.0)
+    dagger = script.dagger_loss(policy, states, actions)
+    assert float(held) == pytest.approx(3 * float(dagger), rel=1e-6)
+    squared = [
+        sum((a - b) ** 2 for a, b in zip(*rows)) for rows in zip(actions, policy.act(states))
+    ]
+    assert float(dagger) == pytest.approx(float(sum(squared)) / 6, rel=1e-5)
+
+
+def test_caution_takes_off_the_spread():
+    class Doubtful(nn.Module):
+        def forward(self, observations, actions):
+            return torch.stack([actions.sum(-1), 3 * actions.sum(-1)])
+
+    states, ones, zeros = torch.zeros(2, 24), torch.full((2, 4), 0.25), torch.zeros(2, 4)
+    advantages = script.cautious_advantages(Doubtful(), states, ones, zeros, 0.5)
+    assert advantages.tolist() == pytest.approx([2 - 0.5 * 2**0.5] * 2, rel=1e-5)
+    ones.requires_grad_()
+    script.cautious_advantages(Doubtful(), states, ones, ones.detach(), 1.0).sum().backward()
+    assert ones.grad.isfinite().all()
+
+
+def test_refitted_critics_are_the_experts():
+    """On three states and two actions, whoever acted: against the solution of its equations."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    following = torch.randint(3, (3, 2), generator=generator)
+    rewards = torch.rand(3, 2, generator=generator)
+    fell = torch.tensor([[False, False], [False, True], [False, False]])
+    expert, gamma = torch.tensor([0, 0, 1]), 0.8
+    matrix, constant = torch.eye(6), rewards.flatten()
+    for s in range(3):
+        for a in range(2):
+            if not fell[s, a]:
+                matrix[2 * s + a, 2 * following[s, a] + expert[following[s, a]]] -= gamma
+    exact = torch.linalg.solve(matrix, constant)
+
+    states = torch.arange(3).repeat_interleave(2)
+    actions = torch.arange(2).repeat(3)
+    after = following.flatten()
+    batch = {
+        "observations": torch.eye(3)[states],
+        "actions": torch.eye(2)[actions],
+        "rewards": constant,
+        "fell": fell.flatten(),
+        "next_observations": torch.eye(3)[after],
+        "next_expert_actions": torch.eye(2)[expert[after]],
+    }
+    critics = script.Critics(script.relu_mlp(5, 32, 1) for _ in range(2))
+    target = AveragedModel(critics, multi_avg_fn=script.get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.Adam(critics.parameters(), 5e-3)
+    for _ in range(1500):
+        script.descend(optimizer, script.fitted_q_loss(critics, target.module, batch, gamma))
+        target.update_parameters(critics)
+    found = critics(batch["observations"], batch["actions"])
+    assert torch.allclose(found, exact.expand(2, -1), atol=0.03)
+
+
+def test_cost_to_go():
+    rewards = torch.tensor([1.0, 2.0, -100.0, 4.0, 5.0, 6.0, 7.0])
+    batch = {
+        "rewards": rewards,
+        "tail": torch.tensor([False, True, True, True, True, True, True]),
+        "fell": torch.tensor([False, False, True, False, False, False, False]),
+        "last": torch.tensor([False, False, True, False, False, False, True]),
+    }
+    known, returns = script.cost_to_go(batch, 0.0)  # five steps before an end that is no fall
+    assert known.tolist() == [False, True, True, False, False, False, False]
+    assert returns.tolist() == rewards.tolist()
+    _, returns = script.cost_to_go(batch, 0.5)
+    exact = [1 + 0.5 * (2 - 50), 2 - 50, -100, 4 + 2.5 + 1.5 + 7 / 8, 5 + 3 + 7 / 4, 6 + 3.5, 7]
+    assert returns.tolist() == pytest.approx(exact)
+
+
+def test_correlation():
+    x, y = torch.randn(50), torch.randn(50)
+    exact = np.corrcoef(x, y)[0, 1]
+    assert script.correlation(x, y) == pytest.approx(exact, abs=1e-5)
+    assert script.correlation(x, torch.ones(50)) == 0
+
+
+# --- walkers --------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    args = script.parse_args([])
+    vars(args).update(changes)
+    return args
+
+
+def test_a_walker_that_has_ended_rests():
+    envs = script.make_envs("BipedalWalker-v3", 2)
+    observations, _ = envs.reset(seed=3)
+    envs.over[1] = True
+    after, rewards, terminated, truncated, _ = envs.step(np.ones((2, 4), np.float32))
+    assert (after[0] != observations[0]).any() and rewards[0] != 0
+    assert (after[1] == observations[1]).all() and rewards[1] == 0
+    assert not terminated.any() and not truncated.any()
+    envs.close()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_actions_never_reach_box2d(value):
+    envs = script.make_envs("BipedalWalker-v3", 2)
+    envs.reset(seed=3)
+    actions = np.zeros((2, 4), np.float32)
+    actions[1, 2] = value
+    with pytest.raises(script.Failed, match="action"):
+        envs.step(actions)
+    envs.close()
+
+
+def roll(alpha, **changes):
+    torch.manual_seed(4)
+    args = settings(expert="good", **changes)
+    policy, expert = script.Policy(8, 0.1), script.make_expert(args)
+    envs = script.make_envs(args.env_id, 3)
+    return policy, expert, script.roll_in(envs, policy, expert, alpha, 20, args)
+
+
+@pytest.mark.parametrize("alpha, by", [(1.0, "expert"), (0.0, "learner")])
+def test_roll_in(alpha, by):
+    policy, expert, batch = roll(alpha, noise=0.0)
+    tail, seen = batch["tail"], batch["observations"]
+    assert tail.any() and not tail.all()
+    assert torch.allclose(batch["expert_actions"], expert(seen), atol=1e-4)
+    assert torch.equal(batch["actions"][tail], batch["expert_actions"][tail])
+    chosen = expert(seen) if by == "expert" else policy.greedy(seen)
+    assert torch.allclose(batch["actions"][~tail], chosen[~tail], atol=1e-4)
+    going_on = ~batch["last"][:-1]
+    assert int(batch["last"].sum()) == 3 and batch["last"][-1]
+    assert torch.equal(batch["next_observations"][:-1][going_on], seen[1:][going_on])
+    assert torch.equal(batch["fell"], batch["rewards"] <= -100)
+    assert not batch["fell"][~batch["last"]].any()
+    following = expert(batch["next_observations"])
+    assert torch.allclose(batch["next_expert_actions"], following, atol=1e-4)
+
+
+def test_roll_ins_are_perturbed_and_daggers_are_not():
+    _, _, batch = roll(1.0, noise=0.3)
+    perturbed = (batch["actions"] != batch["expert_actions"]).any(-1)
+    assert torch.equal(perturbed, ~batch["tail"])
+    _, _, batch = roll(1.0, noise=0.3, algorithm="dagger")
+    assert not batch["tail"].any()
+    assert torch.equal(batch["actions"], batch["expert_actions"])
+
+
+def test_the_same_seed_rolls_the_same_trajectories():
+    (_, _, one), (_, _, two) = roll(0.5), roll(0.5)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_experts(path):
+    assert path.stat().st_size < 500_000
+    env_id, name = path.stem.split("_")
+    expert = script.make_expert(settings(env_id=env_id, expert=name))
+    assert expert.act(np.zeros((7, 24), np.float32)).shape == (7, 4)
+    with zipfile.ZipFile(path) as archive:
+        assert set(archive.namelist()) == {"policy.pth", "data"}
+        about = json.loads(archive.read("data"))
+    assert about["env_id"] == env_id and about["command"] and about["versions"]
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_stable_baselines3s_policies(algorithm, tmp_path):
+    kwargs = {"net_arch": [16, 12], "activation_fn": nn.ReLU}
+    model = algorithm("MlpPolicy", gym.make("BipedalWalker-v3"), policy_kwargs=kwargs)
+    model.save(tmp_path / "expert.zip")
+    expert = script.make_expert(settings(expert=str(tmp_path / "expert.zip")))
+    observations = np.random.default_rng(0).normal(size=(9, 24)).astype(np.float32)
+    actions, _ = model.predict(observations, deterministic=True)
+    assert np.allclose(expert.act(observations), actions, atol=1e-5)
+    ours = expert.critics(*(torch.as_tensor(x) for x in (observations, actions)))
+    theirs = model.critic(*(torch.as_tensor(x) for x in (observations, actions)))
+    assert torch.allclose(ours, torch.cat(theirs, 1).T, atol=1e-5)
+
+
+def other(algorithm, env_id, path, **kwargs):
+    algorithm("MlpPolicy", gym.make(env_id), **kwargs).save(path)
+
+
+def replaced(path, **files):
+    with zipfile.ZipFile(SHIPPED[0]) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()} | files
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+def weights_with_nan():
+    with zipfile.ZipFile(SHIPPED[0]) as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+    weights["actor.mu.bias"][0] = torch.nan
+    memory = io.BytesIO()
+    torch.save(weights, memory)
+    return memory.getvalue()
+
+
+BAD = {
+    "PPO": (lambda p: other(PPO, "BipedalWalker-v3", p), ""),
+    "gSDE": (lambda p: other(SAC, "BipedalWalker-v3", p, use_sde=True), "gSDE"),
+    "another environment": (lambda p: other(SAC, "Pendulum-v1", p), "shape"),
+    "tanh": (
+        lambda p: other(SAC, "BipedalWalker-v3", p, policy_kwargs={"activation_fn": nn.Tanh}),
+        "Tanh",
+    ),
+    "another task": (lambda p: replaced(p, data=b'{"env_id": "Hopper-v5"}'), "Hopper-v5"),
+    "NaN": (lambda p: replaced(p, **{"policy.pth": weights_with_nan()}), "NaN"),
+    "no weights": (lambda p: replaced(p, **{"policy.pth": b""}), ""),
+    "data that is a list": (lambda p: replaced(p, data=b"[]"), ""),
+    "objects": (
+        lambda p: replaced(p, **{"policy.pth": pickle.dumps(Payload(p.parent / "canary"), 2)}),
+        "",
+    ),
+    "no zip": (lambda p: p.write_text("none"), ""),
+    "missing": (lambda p: None, ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_experts(name, tmp_path, capsys):
+    make, word = BAD[name]
+    path = tmp_path / "expert.zip"
+    make(path)
+    before = listing(tmp_path)
+    argv = ["--expert", str(path), "--out", str(tmp_path / "runs"), "--run-name", "run"]
+    assert script.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and word in line and len(line) < 500
+    assert listing(tmp_path) == before
+
+
+def test_an_expert_for_the_other_course(tmp_path, capsys):
+    argv = ["--env-id", "BipedalWalkerHardcore-v3", "--out", str(tmp_path / "runs")]
+    assert script.main([*argv, "--expert", str(SHIPPED[0])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "BipedalWalker-v3" in line and "BipedalWalkerHardcore-v3" in line
+    assert not listing(tmp_path)
