@@ -65,7 +65,6 @@ from tqdm import tqdm
 TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 1
 EVAL_ENVS, VALIDATION_EPISODES = 50, 20
-EXPERTS = {"BipedalWalker-v3": "weak", "BipedalWalkerHardcore-v3": "good"}  # shipped in experts/
 FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
 
 
@@ -75,31 +74,31 @@ def add_settings(parser):
     flag("--expert", default="weak", metavar="NAME", help=shipped)
     flag("--expert-episodes", type=number(int, 5), default=100, help="to tell how good it is")
     flag = parser.add_argument_group("roll-in").add_argument
-    flag("--iterations", type=number(int, 1), default=30, help="of roll in, refit, improve")
+    flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
     flag("--num-envs", type=number(int, 1), default=10, help="environments, a trajectory each")
     mixing = "iterations in which alpha, the expert's share of the trajectories, falls from 1 to 0"
-    flag("--mixing", type=number(int, 0), default=10, help=mixing)
+    flag("--mixing", type=number(int, 0), default=5, help=mixing)
     noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
     flag("--noise", type=number(float, 0), default=0.3, help=noise)
     flag = parser.add_argument_group("Q*").add_argument
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
-    flag("--critics", type=number(int, 2), default=4, help="networks; their spread is doubt")
+    flag("--critics", type=number(int, 2), default=2, help="networks; their spread is doubt")
     flag("--critic-hidden", type=number(int, 1), default=128, help="their hidden layers' width")
-    flag("--critic-updates", type=number(int, 0), default=1_500, help="an iteration")
+    flag("--critic-updates", type=number(int, 0), default=1_000, help="an iteration")
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
-    flag("--policy-updates", type=number(int, 1), default=1_500, help="an iteration")
+    flag("--policy-updates", type=number(int, 1), default=1_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
     flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
     caution = "how many deviations of the critics to take off their mean"
-    flag("--caution", type=number(float, 0), default=1.0, help=caution)
+    flag("--caution", type=number(float, 0), default=0.5, help=caution)
     anchor = "weight of the squared distance to the expert's action, in units of the return"
-    flag("--anchor", type=number(float, 0), default=1.0, help=anchor)
+    flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
 
 
 # --- networks -------------------------------------------------------------------------------------
