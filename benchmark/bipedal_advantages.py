@@ -1,0 +1,97 @@
+"""What A* = Q* - V* is worth: held against real transitions that its critics have not seen.
+
+    python benchmark/bipedal_advantages.py > benchmark/results/bipedal_advantages.json
+
+Perturbed roll-ins of the expert, one half to fit critics on. On the perturbed steps of the other
+half r + gamma V*(s') - V*(s) estimates A* of the action without bias, if V* is right (here from
+critics fitted to that other half). A critic's own A* should correlate with it; and the slope of the
+estimate against a critic's A* should be 1: at 0.2 that critic promises five times what is there.
+`value` is the correlation of Q* with the discounted cost-to-go, on the expert's steps.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import aggrevated_bipedal as script
+
+
+def fit(transitions, args, updates):
+    """Critics after each of these numbers of updates: yields (updates, critics, seconds)."""
+    sizes = (28, args.critic_hidden, args.critic_hidden, 1)
+    critics = script.Critics(script.relu_mlp(*sizes) for _ in range(args.critics))
+    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
+    began, done = time.perf_counter(), 0
+    for until in updates:
+        args.critic_updates, done = until - done, until
+        script.refit(critics, target, optimizer, transitions, args)
+        yield until, target.module, time.perf_counter() - began
+
+
+@torch.no_grad()
+def one_step(critics, batch, gamma):
+    """r + gamma V*(s') - V*(s) of each transition: (steps,)."""
+    value = critics(batch["observations"], batch["expert_actions"]).mean(0)
+    following = critics(batch["next_observations"], batch["next_expert_actions"]).mean(0)
+    return batch["rewards"] + gamma * ~batch["fell"] * following - value
+
+
+@torch.no_grad()
+def compare(critics, batch, held_out, estimate, args):
+    pushed = ~held_out["tail"]
+    columns = (held_out[name][pushed] for name in ("observations", "actions", "expert_actions"))
+    promised = script.cautious_advantages(critics, *columns, 0.0)
+    promised = promised - promised.mean()
+    return {
+        "promised_deviation": round(float(promised.std()), 4),
+        "correlation": round(script.correlation(promised, estimate), 4),
+        "slope": round(float((promised * estimate).mean() / promised.square().mean()), 3),
+        "value_correlation": round(script.agreement(critics, held_out, args), 3),
+        "value_correlation_seen": round(script.agreement(critics, batch, args), 3),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--expert", default="weak")
+    parser.add_argument("--trajectories", type=int, default=60, help="of each half")
+    parser.add_argument("--updates", type=int, nargs="+", default=[1_000, 2_000, 4_000, 8_000])
+    chosen = parser.parse_args()
+    args = script.parse_args(["--expert", chosen.expert])
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    expert, policy = script.make_expert(args), script.Policy(args.hidden, args.std)
+    halves = []
+    for _ in range(2):
+        envs = script.make_envs(args.env_id, chosen.trajectories)
+        halves.append(script.roll_in(envs, policy, expert, 1.0, 900, args))
+    batch, held_out = halves
+    stores = [script.Transitions() for _ in halves]
+    for store, half in zip(stores, halves):
+        store.add(half)
+    ((_, judge, _),) = fit(stores[1], args, [8_000])
+    estimate = one_step(judge, held_out, args.gamma)[~held_out["tail"]]
+    estimate = estimate.clamp(-5, 5) - estimate.clamp(-5, 5).mean()
+    rows = [{"critics": "the file's", **compare(expert.critics, batch, held_out, estimate, args)}]
+    for updates, critics, seconds in fit(stores[0], args, chosen.updates):
+        row = {"critics": "refitted", "updates": updates, "seconds": round(seconds, 1)}
+        rows.append({**row, **compare(critics, batch, held_out, estimate, args)})
+    about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
+    about |= {"expert": chosen.expert, "transitions": len(batch["rewards"])}
+    about |= {
+        "held_out_pushed": len(estimate),
+        "estimate_deviation": round(float(estimate.std()), 4),
+    }
+    print(json.dumps({**about, "estimators": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
