@@ -63,8 +63,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
-METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 1
-EVAL_ENVS, VALIDATION_EPISODES = 50, 20
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 2
+EVAL_ENVS = 50
 FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
 
 
@@ -73,6 +73,8 @@ def add_settings(parser):
     shipped = "weak or good (shipped), or a .zip of stable-baselines3's SAC or TD3"
     flag("--expert", default="weak", metavar="NAME", help=shipped)
     flag("--expert-episodes", type=number(int, 5), default=100, help="to tell how good it is")
+    few = "to choose the best policy by; where falls are rare, few episodes choose by luck"
+    flag("--validation-episodes", type=number(int, 2, 500), default=50, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
     flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
     flag("--num-envs", type=number(int, 1), default=10, help="environments, a trajectory each")
@@ -454,7 +456,7 @@ def train(args):
 # The harness: flags, evaluation, run folder, main. It holds nothing of the algorithm: read it once.
 # It is the other scripts' but for what asking an expert, in place of watching its demonstrations,
 # and validating change. From above it takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS,
-# VALIDATION_EPISODES, add_settings, Policy, make_envs, make_expert and train.
+# add_settings, Policy, make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
@@ -714,7 +716,7 @@ class Run:
             self.log.add_scalar(tag, value, now)
         due = self.finished or now // every > self.count["evaluated"] // every
         if due:
-            result = self.evaluate(policy, 0, VALIDATION_EPISODES)
+            result = self.evaluate(policy, 0, self.args.validation_episodes)
             self.seconds = time.perf_counter() - self.clock
             if result[METRIC] >= max([point[METRIC] for point in self.curve], default=-math.inf):
                 best.load_state_dict(policy.state_dict())

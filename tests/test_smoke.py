@@ -17,7 +17,7 @@ import torch
 from gymnasium.envs.box2d.bipedal_walker import BipedalWalker
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
 from matplotlib.image import imread
-from scripts import PYBULLET, ROOT, finite, same, weights
+from scripts import PYBULLET, ROOT, falling_expert, finite, same, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FOLDER = {"args.json", "checkpoint.pt", "policy.pt", "summary.json", "learning_curve.png"}
@@ -277,9 +277,8 @@ def test_interrupted_and_killed(script, tmp_path, quick, capsys, long_walks):
         return process
 
     demos = ("--demos", script.task.demos) if script.task.demos else ()
-    if not demos:  # its expert has to be in reach
-        shutil.copytree(ROOT / "experts", tmp_path / "experts")
-        demos = ("--num-envs", 1)
+    if not demos:  # an expert with whom an episode is soon over
+        demos = ("--expert", falling_expert(tmp_path / "expert.zip"))
     process = start(*script.argv(folder, *demos, budget=10**9))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=180)
