@@ -77,7 +77,7 @@ def add_settings(parser):
     flag("--validation-episodes", type=number(int, 2, 500), default=50, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
     flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
-    flag("--num-envs", type=number(int, 1), default=10, help="environments, a trajectory each")
+    flag("--num-envs", type=number(int, 1, 10_000), default=10, help="one trajectory each")
     mixing = "iterations in which alpha, the expert's share of the trajectories, falls from 1 to 0"
     flag("--mixing", type=number(int, 0), default=5, help=mixing)
     noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
@@ -306,7 +306,8 @@ def roll_in(envs, policy, expert, alpha, length, args):
     Each is begun by the expert (with probability alpha) or the learner, with noise on the actions,
     and walked to its end by the expert alone, from a random step below `length` on: `tail`.
     DAgger's have neither noise nor tail."""
-    observations, _ = envs.reset(seed=int(torch.randint(2**31 - 10_000, ())))
+    below = EVALUATION_SEEDS - envs.num_envs
+    observations, _ = envs.reset(seed=int(torch.randint(below, ())))
     by_expert = torch.rand(envs.num_envs, 1) < alpha
     switch = torch.randint(length, (envs.num_envs, 1))
     scale = args.noise * torch.rand(envs.num_envs, 1)
