@@ -91,9 +91,11 @@ def variant_line(runs):
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
         line["episode's length by the expert's"] = median(laps, ".2f")
     if "paired_differences" in runs[0]:  # the learner's and the expert's returns of each start
-        gains = np.concatenate([run["paired_differences"] for run in runs])
-        resampled = np.random.default_rng(0).choice(gains, (10_000, len(gains))).mean(-1)
-        low, high = np.percentile(resampled, [2.5, 97.5])
+        gains = np.array([run["paired_differences"] for run in runs])  # (seeds, episodes)
+        rng = np.random.default_rng(0)
+        seeds = rng.integers(len(gains), size=(10_000, len(gains), 1))
+        episodes = rng.integers(gains.shape[1], size=(10_000, *gains.shape))
+        low, high = np.percentile(gains[seeds, episodes].mean((1, 2)), [2.5, 97.5])
         line["random"] = f"{np.mean([run['random'][key] for run in runs]):.1f}"
         line["expert"] = f"{np.mean([run['expert'][key] for run in runs]):.1f}"
         line["learner - expert [95 %]"] = f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
