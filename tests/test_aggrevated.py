@@ -52,7 +52,7 @@ def test_gradient_of_the_expected_cost_to_go():
     def expectation():
         actions = (policy.network(state).double() + 0.5 * points[:, None]).tanh()  # (points, 4)
         values = state[0, 0] * actions - 2 * actions.square()
-        return float((mass[:, None] * values).sum())
+        return float((mass[:, None] * values).sum().detach())
 
     states = state.expand(100_000, -1)
     expert_actions = torch.zeros(100_000, 4)
