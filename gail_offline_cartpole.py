@@ -4,7 +4,7 @@ GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment
 the expert's states,
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
     2. the policy takes two natural gradient steps on the reward log D - log(1 - D) of its actions.
-With only two actions the expectations are exact: no action is sampled, no reward normalised.
+With only two actions the expectations are exact: no action is sampled.
 
     python gail_offline_cartpole.py --updates 500           a look around: a second of training
     python gail_offline_cartpole.py --num-demos 4           the default budget, four demonstrations
@@ -15,7 +15,7 @@ where the policy errs. docs/gail_offline_cartpole.md compares it with bc_cartpol
 
 DEVIATION: D subtracts log pi(a|s) from its network's output (Fu et al. 2018, AIRL, section 4), so
 that the network's target, log pi_expert, stands still while the policy moves. Without that the two
-chase each other, and more updates make it worse.
+chase each other, and more updates do not help.
 """
 
 # /// script

@@ -8,7 +8,7 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
-    python gail_racecar_reinforce.py                          the default run: some minutes
+    python gail_racecar_reinforce.py                          the default run: a quarter of an hour
     python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
 
 Needs racecar_env.py beside it. docs/gail_racecar_reinforce.md has the results, and what each of
