@@ -72,11 +72,11 @@ def test_the_anchor_is_daggers_loss():
     policy, states, actions = script.Policy(4, 0.1), torch.randn(6, 24), torch.rand(6, 4)
     held = script.aggrevated_loss(policy, KnownCritics(), states, actions, 0.0, 1.0, 3.0)
     dagger = script.dagger_loss(policy, states, actions)
-    assert float(held) == pytest.approx(3 * float(dagger), rel=1e-6)
+    assert held.item() == pytest.approx(3 * dagger.item(), rel=1e-6)
     squared = [
         sum((a - b) ** 2 for a, b in zip(*rows)) for rows in zip(actions, policy.act(states))
     ]
-    assert float(dagger) == pytest.approx(float(sum(squared)) / 6, rel=1e-5)
+    assert dagger.item() == pytest.approx(float(sum(squared)) / 6, rel=1e-5)
 
 
 def test_caution_takes_off_the_spread():

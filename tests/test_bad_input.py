@@ -313,6 +313,9 @@ def test_damaged_policy(damage, folder, refused):
     ],
 )
 def test_bad_policy(changes, word, folder, refused):
+    if "network" in changes:
+        network = torch.load(folder / "policy.pt", weights_only=True)["network"]
+        changes = {"network": {**network, **changes["network"]}}
     rewrite(folder / "policy.pt", **changes)
     refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt", word)
 
