@@ -10,7 +10,7 @@ of the expert's cost-to-go in the states that the learner visits:
 DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algorithm dagger`.
 
     python aggrevated_bipedal.py --iterations 2            a look around
-    python aggrevated_bipedal.py                           the default run: the weak expert
+    python aggrevated_bipedal.py                           the weak expert: some minutes
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
 
 docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
@@ -115,7 +115,20 @@ def relu_mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
-class Policy(nn.Module):
+class Actor(nn.Module):
+    """Has a `network`; the tanh of its output is the greedy action: (..., 24) -> (..., 4)."""
+
+    def greedy(self, observations):
+        return self.network(observations).tanh()
+
+    @torch.no_grad()
+    def act(self, observations):
+        """The greedy actions, NumPy in and out: (batch, 24) -> (batch, 4)."""
+        device = self.network[0].weight.device
+        return self.greedy(torch.as_tensor(observations, device=device)).cpu().numpy()
+
+
+class Policy(Actor):
     """CHANGE ME: a squashed Gaussian; observations (..., 24) -> a distribution over (..., 4)."""
 
     def __init__(self, hidden, std):
@@ -126,15 +139,6 @@ class Policy(nn.Module):
     def forward(self, observations):
         gaussian = Normal(self.network(observations), self.settings["std"], validate_args=False)
         return TransformedDistribution(gaussian, TanhTransform(cache_size=1), validate_args=False)
-
-    def greedy(self, observations):
-        return self.network(observations).tanh()
-
-    @torch.no_grad()
-    def act(self, observations):
-        """The greedy actions, NumPy in and out: (batch, 24) -> (batch, 4)."""
-        device = self.network[0].weight.device
-        return self.greedy(torch.as_tensor(observations, device=device)).cpu().numpy()
 
 
 class Critics(nn.Module):
@@ -149,7 +153,7 @@ class Critics(nn.Module):
         return torch.stack([network(pairs).squeeze(-1) for network in self.networks])
 
 
-class Expert(nn.Module):
+class Expert(Actor):
     """The greedy actor and the critics of a stable-baselines3 SAC or TD3, from its weights.
 
     `weights` are named as there. Raises KeyError, IndexError or RuntimeError at anything else."""
@@ -158,7 +162,7 @@ class Expert(nn.Module):
         super().__init__()
         actor = [name.removesuffix(".weight") for name in weights if name.startswith("actor.")]
         actor = [name for name in dict.fromkeys(actor) if not name.endswith(("bias", "log_std"))]
-        self.actor = self.network_of(weights, actor)
+        self.network = self.network_of(weights, actor)
         self.critics = Critics(
             self.network_of(weights, [f"critic.qf{i}.{j}" for j in range(0, 2 * len(actor), 2)])
             for i in range(2)
@@ -171,15 +175,6 @@ class Expert(nn.Module):
         for layer, name in zip(network[::2], names):
             layer.load_state_dict({k: weights[f"{name}.{k}"].float() for k in ("weight", "bias")})
         return network
-
-    def forward(self, observations):
-        return self.actor(observations).tanh()
-
-    @torch.no_grad()
-    def act(self, observations):
-        """NumPy in and out: (batch, 24) -> (batch, 4)."""
-        device = self.actor[0].weight.device
-        return self(torch.as_tensor(observations, device=device)).cpu().numpy()
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -292,7 +287,7 @@ def make_expert(args):
         expert = Expert(weights)
         check(all(x.isfinite().all() for x in expert.state_dict().values()), "weights with NaN")
         observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
-        check(expert(observations).shape == actions.shape, "other actions, expected 4")
+        check(expert.greedy(observations).shape == actions.shape, "other actions, expected 4")
         values = expert.critics(observations, actions).shape
         check(values == (2, 1), f"critics with outputs {tuple(values)}, expected two with one each")
         return expert.requires_grad_(False)
@@ -320,7 +315,7 @@ def roll_in(envs, policy, expert, alpha, length, args):
     while not envs.over.all():
         running = ~envs.over
         seen = torch.as_tensor(observations, device=args.device)
-        expert_actions, greedy = expert(seen).cpu(), policy.greedy(seen).cpu()
+        expert_actions, greedy = expert.greedy(seen).cpu(), policy.greedy(seen).cpu()
         chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
         tail = len(frames) >= switch
         actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1))
@@ -334,7 +329,8 @@ def roll_in(envs, policy, expert, alpha, length, args):
     batch = {name: torch.as_tensor(x[running]) for name, x in zip((*names, "fell"), columns)}
     batch["last"] = torch.zeros(len(batch["rewards"]), dtype=torch.bool)
     batch["last"][torch.as_tensor(running.sum(1).cumsum() - 1)] = True
-    batch["next_expert_actions"] = expert(batch["next_observations"].to(args.device)).cpu()
+    following = batch["next_observations"].to(args.device)
+    batch["next_expert_actions"] = expert.greedy(following).cpu()
     return batch
 
 
