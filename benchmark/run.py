@@ -2,10 +2,16 @@
 
     python benchmark/run.py gail_cartpole                 all seeds, all variants
     python benchmark/run.py bc_cartpole --jobs 1          one at a time, for timings
+    RAY_ADDRESS=... python benchmark/run.py gail_cartpole --ray
 
 Each run is the script's own command line, in a process of its own with one thread; its summary goes
 into benchmark/results/NAME.json, with the command that made it. Finished runs are not repeated:
 a run that was cut off goes on from its checkpoint when the same command is given again.
+
+On a Ray cluster (pip install -r benchmark/requirements-ray.txt) every run is a task of one core.
+Ray takes the project's files to the machines, which need Python and requirements.txt, and repeats
+what was on a machine that is lost. Where --out is a folder that all of them share, a repeated run
+goes on from its checkpoint; otherwise it begins again, and the run folders stay where they were.
 """
 
 import argparse
@@ -15,13 +21,15 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+TRIES = 3  # of a run that dies, each from its last checkpoint
+NOT_SENT = [".git", ".venv*", "runs", "docs", "benchmark/results", "**/__pycache__"]  # to Ray
 
 
 def expand(name, experiment):
@@ -38,21 +46,58 @@ def expand(name, experiment):
             yield {**about, "program": program, "command": [*program, *words]}
 
 
-def execute(run, out):
+def execute(run, out, root):
     """Run one, or go on with it, or read what it left; returns its summary."""
     folder = out / run["run_name"]
-    command = [*run["command"], "--out", str(out), "--run-name", run["run_name"]]
-    if (folder / "checkpoint.pt").exists():
-        command = [*run["program"], "--resume", str(folder)]
-    if not (folder / "summary.json").exists():
+    for _ in range(TRIES):
+        if (folder / "summary.json").exists():
+            break
+        command = [*run["command"], "--out", str(out), "--run-name", run["run_name"]]
+        if (folder / "checkpoint.pt").exists():
+            command = [*run["program"], "--resume", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
         )
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["args"]["out"], summary["args"]["run_name"], summary["args"]["resume"]
+    else:
+        raise RuntimeError(f"{shlex.join(command)} failed {TRIES} times:\n{done.stderr}")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def local(runs, out, jobs):
+    """The summaries of `runs`, as they are done: (index, summary)."""
+    with ThreadPoolExecutor(jobs) as pool:
+        done = {pool.submit(execute, run, out, ROOT): i for i, run in enumerate(runs)}
+        for future in as_completed(done):
+            yield done[future], future.result()
+
+
+def on_ray(runs, out):
+    """The same from the cluster that RAY_ADDRESS names, or from one begun on this machine."""
+    import ray
+
+    sent = {"working_dir": str(ROOT), "excludes": NOT_SENT}
+    ray.init(runtime_env=sent, log_to_driver=False, ignore_reinit_error=True)
+    task = ray.remote(lambda run: execute(run, out, Path.cwd())).options(num_cpus=1, max_retries=-1)
+    waiting = {}
+    for i, run in enumerate(runs):
+        if (out / run["run_name"] / "summary.json").exists():
+            yield i, execute(run, out, ROOT)
+        else:
+            waiting[task.remote(run)] = i
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        i, summary = waiting.pop(done), ray.get(done)
+        folder = out / runs[i]["run_name"]  # on this machine too, where it is not shared
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        yield i, summary
+
+
+def tabulate(run, summary):
+    """What a result keeps of a run's summary."""
+    for name in ("out", "run_name", "resume"):
+        del summary["args"][name]
     kept = ("env_steps", "updates", "wall_seconds", "return_mean", "success_rate")
     kept += ("length_mean", "accuracy/held_out")
     summary["curve"] = [{k: p[k] for k in kept if k in p} for p in summary["curve"]]
@@ -62,19 +107,25 @@ def execute(run, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    table = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text())
-    parser.add_argument("names", nargs="+", choices=table, metavar="NAME", help=", ".join(table))
+    parser.add_argument("names", nargs="+", metavar="NAME", help="experiments of --experiments")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--ray", action="store_true", help="on the Ray cluster of RAY_ADDRESS")
+    parser.add_argument("--experiments", type=Path, default=ROOT / "benchmark" / "experiments.toml")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark", help="run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where NAME.json goes")
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    table = tomllib.loads(args.experiments.read_text())
     for name in args.names:
-        runs = list(expand(name, table[name]))
-        with ThreadPoolExecutor(args.jobs) as pool:
-            done = pool.map(lambda run: execute(run, args.out.resolve()), runs)
-            summaries = list(tqdm(done, total=len(runs), desc=name))
-        result = {"command": f"python benchmark/run.py {name}", "runs": summaries}
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
+        if name not in table:
+            parser.error(f"no experiment {name}; there are {', '.join(table)}")
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        runs, out = list(expand(name, table[name])), args.out.resolve()
+        done = on_ray(runs, out) if args.ray else local(runs, out, args.jobs)
+        summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))
+        rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]
+        result = {"command": f"python benchmark/run.py {name}", "runs": rows}
+        (args.results / f"{name}.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

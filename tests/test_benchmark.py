@@ -1,7 +1,11 @@
 """What stands behind the tables: the experiments, the variants and the statistics."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
+import time
 import tomllib
 
 import numpy as np
@@ -61,3 +65,65 @@ def test_medians_count_seeds_that_never_got_there():
     assert report.median([1, None, 3]) == "3"
     assert report.median([None, None, 3]) == "never"
     assert report.median([1_000, 2_000]) == "1,500"
+
+
+SMALL = """
+[small]
+script = "gail_cartpole.py"
+seeds = "1-4"
+variants."ppo" = "--total-steps 10000 --eval-every 2000 --eval-episodes 2"
+"""
+
+
+def run_small(folder, *flags, **environment):
+    """Start the experiment SMALL with its runs and its result in `folder`."""
+    folder.mkdir()
+    (folder / "small.toml").write_text(SMALL)
+    command = [sys.executable, "benchmark/run.py", "small", "--experiments", folder / "small.toml"]
+    command += ["--out", folder / "runs", "--results", folder, *flags]
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def result_of(process, folder):
+    """The table of SMALL, without the seconds."""
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    result = json.loads((folder / "small.json").read_text())
+    for each in result["runs"]:
+        for timed in [each, *each["curve"]]:
+            for key in [key for key in timed if "seconds" in key or key == "verdict"]:
+                del timed[key]
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "whole"
+    return result_of(run_small(folder), folder)
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, expected):
+    process = run_small(tmp_path / "cut", "--jobs", "1")
+    checkpoint = tmp_path / "cut" / "runs" / "small__ppo__1" / "checkpoint.pt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-9", "-f", str(checkpoint.parent.parent) + " --run-name"], check=True)
+    assert result_of(process, tmp_path / "cut") == expected
+
+
+def test_a_ray_cluster_that_loses_a_node_makes_the_same_table(tmp_path, expected):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        process = run_small(tmp_path / "ray", "--ray", RAY_ADDRESS=cluster.address)
+        while len(list(tmp_path.glob("ray/runs/*/checkpoint.pt"))) < 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+        assert result_of(process, tmp_path / "ray") == expected
+    finally:
+        cluster.shutdown()
