@@ -32,6 +32,7 @@ Expect a return of about 460 of 500 from one demonstration, 500 from four, and 3
 
 import argparse
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -279,6 +280,10 @@ def check(condition, message):
         raise BadInput(message)
 
 
+def check_finite(weights):
+    check(all(x.isfinite().all() for x in weights.values()), "weights that are NaN or infinite")
+
+
 def read(path, reader):
     """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
     try:
@@ -292,9 +297,10 @@ def read(path, reader):
 
 def write(path, writer):
     """Let `writer(file)` write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    writer(content)
     with open(temporary, "wb") as file:
-        writer(file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -508,7 +514,12 @@ class Run:
         check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.__dict__.update(state["run"])
+        check_finite(state["policy"])
+        self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
+        self.count = {name: int(state["run"]["count"][name]) for name in self.count}
+        for point in self.curve:
+            numbers = all(isinstance(value, int | float) for value in point.values())
+            check(numbers and {METRIC, *self.count} <= point.keys(), "a curve of other things")
         torch.set_rng_state(state["rng"])
         if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -641,6 +652,7 @@ def evaluate_file(args):
         check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
         policy = Policy(**saved["network"]).to(args.device)
         policy.load_state_dict(saved["weights"])
+        check_finite(saved["weights"])
         return saved["env_id"], policy
 
     args.env_id, policy = read(args.evaluate, load)

@@ -5,7 +5,8 @@
 
 A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
 between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run.
-peers_cartpole.json holds rows instead of runs: other libraries on the same demonstrations.
+peers_cartpole.json holds rows instead of runs: other libraries on the same demonstrations; a file
+with a `table` has its lines already.
 """
 
 import argparse
@@ -133,6 +134,8 @@ def table(name, folder):
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()
         lines = [peer_line(rows) for rows in parts]
+    elif "table" in result:  # made as it is to be read
+        lines = [{key: str(value) for key, value in row.items()} for row in result["table"]]
     else:
         lines = [variant_line(runs) for runs in groups(result["runs"], "variant").values()]
     headings = list(dict.fromkeys(heading for line in lines for heading in line))

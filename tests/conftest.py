@@ -8,6 +8,10 @@ from scripts import CASES, SCRIPTS, TASKS, WATCHERS
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="test_faults.py: by the hundred")
+
+
 def present(case):
     if not case.path.exists():
         pytest.skip(f"{case.path.name} does not exist yet")

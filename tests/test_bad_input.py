@@ -283,6 +283,17 @@ def test_checkpoint_without_a_part(script, part, folder, refused):
     refused(["--resume", folder], folder / "checkpoint.pt", part)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"count": {}}, {"count": 5}, {"curve": 5}, {"curve": [5]}, {"curve": [{}]}, {"seconds": "x"}],
+    ids=str,
+)
+def test_checkpoint_of_another_history(changes, folder, refused):
+    before = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]
+    rewrite(folder / "checkpoint.pt", run={**before, **changes})
+    refused(["--resume", folder], folder / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("part", ["policy", "run", "extra"])
 def test_checkpoint_that_holds_objects(part, folder, tmp_path, refused):
     rewrite(folder / "checkpoint.pt", **{part: Payload(tmp_path / "canary")})
@@ -324,6 +335,15 @@ def test_bad_policy(changes, word, folder, refused):
 def test_policy_that_holds_objects(part, folder, tmp_path, refused):
     rewrite(folder / "policy.pt", **{part: Payload(tmp_path / "canary")})
     refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt")
+
+
+@pytest.mark.parametrize("name, key", [("policy.pt", "weights"), ("checkpoint.pt", "policy")])
+def test_weights_that_are_no_numbers(name, key, folder, refused):
+    broken = torch.load(folder / name, weights_only=True)[key]
+    next(iter(broken.values())).view(-1)[0] = float("nan")
+    rewrite(folder / name, **{key: broken})
+    flag = ["--evaluate", folder / name] if name == "policy.pt" else ["--resume", folder]
+    refused(flag, folder / name, "NaN")
 
 
 def test_policy_that_holds_no_dict(folder, refused):
