@@ -46,6 +46,13 @@ def expand(name, experiment):
             yield {**about, "program": program, "command": [*program, *words]}
 
 
+def prepare(experiment):
+    """Where an experiment's script is another one's with a patch, make it."""
+    if "patch" in experiment:
+        made, source, patch = (experiment[name] for name in ("script", "source", "patch"))
+        subprocess.run(["patch", "-s", "-o", made, source, patch], cwd=ROOT, check=True)
+
+
 def execute(run, out, root):
     """Run one, or go on with it, or read what it left; returns its summary."""
     folder = out / run["run_name"]
@@ -120,6 +127,7 @@ def main():
             parser.error(f"no experiment {name}; there are {', '.join(table)}")
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.names:
+        prepare(table[name])
         runs, out = list(expand(name, table[name])), args.out.resolve()
         done = on_ray(runs, out) if args.ray else local(runs, out, args.jobs)
         summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))

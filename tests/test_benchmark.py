@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scripts import PYBULLET, ROOT, SCRIPTS
+from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 report, run, variants = (importlib.import_module(name) for name in ("report", "run", "variants"))
@@ -23,6 +24,7 @@ EXPERIMENTS = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text(
 def test_the_script_accepts_every_command_of_an_experiment(name):
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
+    run.prepare(EXPERIMENTS[name])
     runs = list(run.expand(name, EXPERIMENTS[name]))
     assert len({each["run_name"] for each in runs}) == len(runs) > 0
     for each in runs:
@@ -52,6 +54,14 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
     assert script.main(argv) == 0
 
 
+def test_the_walk_through_to_another_task(tmp_path):
+    """The patch that docs/index.md shows still applies, and what it makes trains and resumes."""
+    run.prepare(EXPERIMENTS["gail_pendulum"])
+    case = replace(SCRIPTS_BY_NAME["gail_cartpole"], script="gail_pendulum", full=600, half=300)
+    case.run(tmp_path / "run", budget=case.half)
+    assert same(case.resume(tmp_path / "run"), case.run(tmp_path / "whole"))
+
+
 def test_interquartile_mean_and_its_interval():
     values = np.array([9.0, 1.0, 3.0, 5.0, 100.0, 4.0, 6.0, 2.0])
     assert report.interquartile_mean(values) == np.mean([3, 4, 5, 6])
@@ -70,7 +80,7 @@ def test_medians_count_seeds_that_never_got_there():
 SMALL = """
 [small]
 script = "gail_cartpole.py"
-seeds = "1-4"
+seeds = "1-3"
 variants."ppo" = "--total-steps 10000 --eval-every 2000 --eval-episodes 2"
 """
 
