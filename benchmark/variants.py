@@ -62,11 +62,62 @@ def no_advantage(script):
     script.cautious_advantages = lambda critics, observations, actions, *_: 0 * actions.sum(-1)
 
 
+def states_only(script):
+    """D sees the states of CartPole and not the actions."""
+    make_pairs = script.make_pairs
+
+    def states(observations, actions):
+        pairs = make_pairs(observations, actions)
+        return torch.cat([observations, 0 * pairs[..., 4:]], -1)
+
+    script.make_pairs = states
+
+
+def next_states(script):
+    """D sees CartPole's state and the next one, in place of the action: what a film shows."""
+
+    def transitions(observations, actions):
+        following = cartpole_step(observations, actions)
+        flag = torch.zeros_like(observations[..., :1])
+        return torch.cat([observations, following - observations, flag], -1)
+
+    def standardisation(observations):
+        std, mean = torch.std_mean(observations, 0)
+        speed, std = torch.std(observations[1:] - observations[:-1], 0), std + 1e-6
+        zero, one = torch.zeros(1), torch.ones(1)
+        return torch.cat([mean, 0 * mean, zero]), torch.cat([std, speed + 1e-6, one])
+
+    script.make_pairs, script.standardisation = transitions, standardisation
+
+
+def cartpole_step(observations, actions):
+    """Where Gymnasium's CartPole goes: (..., 4), (...) -> (..., 4)."""
+    x, speed, angle, turn = observations.unbind(-1)
+    force = 10.0 * (2 * actions - 1)
+    pull = (force + 0.05 * turn**2 * angle.sin()) / 1.1
+    length = 0.5 * (4 / 3 - 0.1 * angle.cos() ** 2 / 1.1)
+    twist = (9.8 * angle.sin() - angle.cos() * pull) / length
+    push = pull - 0.05 * twist * angle.cos() / 1.1
+    after = (x + 0.02 * speed, speed + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * twist)
+    return torch.stack(after, -1)
+
+
+def linear_policy(script):
+    """What GAIL trains is a linear policy: ten numbers."""
+
+    class Linear(script.Policy):
+        def __init__(self, hidden):
+            super().__init__(hidden)
+            self.network = script.mlp(4, 2)
+
+    script.Policy = Linear
+
+
 VARIANTS = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
-        *(biases_near_0, no_advantage),
+        *(biases_near_0, no_advantage, states_only, next_states, linear_policy),
     )
 }
 

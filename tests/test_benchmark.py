@@ -9,8 +9,10 @@ import time
 import tomllib
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -39,7 +41,9 @@ def test_the_script_accepts_every_command_of_an_experiment(name):
 
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
 def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path):
-    name = "aggrevated_bipedal" if variant is variants.no_advantage else "gail_racecar_ppo"
+    cartpole = (variants.states_only, variants.next_states, variants.linear_policy)
+    name = "gail_cartpole" if variant in cartpole else "gail_racecar_ppo"
+    name = "aggrevated_bipedal" if variant is variants.no_advantage else name
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
     spec = importlib.util.spec_from_file_location("variant", ROOT / f"{name}.py")
@@ -52,6 +56,18 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
     assert bool(changed) == (variant is not variants.as_it_is)
     argv = SCRIPTS_BY_NAME[name].argv(tmp_path / "run", "--eval-episodes", 2)
     assert script.main(argv) == 0
+
+
+def test_the_next_state_of_cartpole_is_gymnasiums():
+    envs = gym.make_vec("CartPole-v1", 8, vectorization_mode="vector_entry_point")
+    observations, _ = envs.reset(seed=0)
+    for _ in range(8):
+        actions = envs.action_space.sample()
+        following, _, terminated, _, _ = envs.step(actions)
+        tensors = torch.tensor(observations, dtype=torch.float64), torch.tensor(actions)
+        ours = variants.cartpole_step(*tensors).numpy()
+        assert not terminated.any() and np.allclose(ours, following, atol=1e-5)
+        observations = following
 
 
 def test_the_walk_through_to_another_task(tmp_path):

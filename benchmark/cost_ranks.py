@@ -1,0 +1,107 @@
+"""Does GAIL's learnt reward rank policies that its discriminator never saw?
+
+    python benchmark/run.py gail_cartpole gail_cartpole_controls
+    python benchmark/cost_ranks.py
+
+The discriminators are those that `gail_cartpole` ends with. The policies are clones of thirty pairs
+after more and more updates, those of the constant-reward control, and a random one; each plays 20
+episodes. What the reward -log(1 - D) says of them, summed over an episode or a step's mean, is held
+against their return and against their distance to the expert's occupancy, by rank correlation.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bc_cartpole  # noqa: E402
+import gail_cartpole as gail  # noqa: E402
+
+RUNS, RESULT = ROOT / "runs" / "benchmark", ROOT / "benchmark" / "results" / "cost_ranks.json"
+SEEDS, ENV_ID, EPISODES = range(1, 11), "CartPole-v1", 20
+
+
+def clones(seed):
+    """Policies cloned from thirty pairs, after 20, 50, 100, 300 and 1,000 updates."""
+    args = bc_cartpole.parse_args(["--num-pairs", "30", "--seed", str(seed)])
+    observations, actions = bc_cartpole.tensors(bc_cartpole.load_demos(args)[0])
+    torch.manual_seed(seed)
+    policy = gail.Policy(64)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    for update in range(1, 1_001):
+        gail.descend(optimizer, gail.behavioural_cloning_loss(policy, observations, actions))
+        if update in (20, 50, 100, 300, 1_000):
+            yield f"clone, {update} updates", gail.play(policy.act, ENV_ID, EPISODES, 2_000_000)
+
+
+def played():
+    """Episodes of each policy: (name, list of episodes)."""
+    yield "random", gail.play(None, ENV_ID, EPISODES, 2_000_000)
+    for seed in SEEDS:
+        yield from clones(seed)
+        path = RUNS / f"gail_cartpole_controls__constant-reward__{seed}" / "policy.pt"
+        saved = torch.load(path, weights_only=True)
+        policy = gail.Policy(**saved["network"])
+        policy.load_state_dict(saved["weights"])
+        yield "constant reward", gail.play(policy.act, ENV_ID, EPISODES, 2_000_000)
+
+
+def discriminator(seed):
+    path = RUNS / f"gail_cartpole__ppo__{seed}" / "checkpoint.pt"
+    weights = torch.load(path, weights_only=True)["discriminator"]
+    network = gail.Discriminator(64, weights["mean"], weights["std"])
+    network.load_state_dict(weights)
+    return network
+
+
+@torch.no_grad()
+def rewards(network, episodes):
+    """-log(1 - D) of each step: a list of (steps,)."""
+    pairs = [gail.make_pairs(*gail.tensors([episode])) for episode in episodes]
+    return [gail.imitation_reward(network(x), "gail") for x in pairs]
+
+
+def rank_correlation(x, y):
+    """Spearman's, for values of which hardly any are equal."""
+    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
+
+
+def main():
+    args = gail.parse_args([])
+    held_out, policies = gail.load_demos(args)[2], list(played())
+    samples = {str(i): episodes for i, (_, episodes) in enumerate(policies)}
+    samples["random"] = policies[0][1]
+    distances = gail.occupancy_distances(ENV_ID, held_out, samples)
+    closeness = -np.array([distances[str(i)] for i in range(len(policies))])
+    returns = np.array([gail.statistics(e)["return_mean"] for _, e in policies])
+    noise = np.random.default_rng(0).uniform(0, 1e-6, len(returns))  # to break ties at 500
+    found = {}
+    for seed in SEEDS:
+        network = discriminator(seed)
+        each = [rewards(network, episodes) for _, episodes in policies]
+        says = {
+            "summed over an episode": [np.mean([float(r.sum()) for r in rs]) for rs in each],
+            "mean of a step": [float(torch.cat(rs).mean()) for rs in each],
+        }
+        for name, values in says.items():
+            line = found.setdefault(name, {"the return": [], "closeness to the expert": []})
+            line["the return"].append(rank_correlation(values, returns + noise))
+            line["closeness to the expert"].append(rank_correlation(values, closeness))
+    table = []
+    for name, line in found.items():
+        spans = {k: f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for k, v in line.items()}
+        table.append({"learnt reward": name, **{f"with {k}": span for k, span in spans.items()}})
+    note = {"policies": len(policies), "returns": returns.tolist(), "seeds": found}
+    command = "python benchmark/cost_ranks.py"
+    RESULT.write_text(json.dumps({"command": command, "table": table, **note}, indent=1))
+    for line in table:
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
