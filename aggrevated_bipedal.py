@@ -702,7 +702,8 @@ class Run:
         check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        check_finite(state["policy"])
+            if isinstance(part, nn.Module):
+                check_finite(part.state_dict())
         self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
         self.count = {name: int(state["run"]["count"][name]) for name in self.count}
         for point in self.curve:

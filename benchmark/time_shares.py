@@ -1,0 +1,141 @@
+"""Where a run's time goes, and how far it is from what it cannot do without.
+
+    python benchmark/time_shares.py                          every script that steps an environment
+    python benchmark/time_shares.py gail_cartpole.py
+
+Each runs through its own command line, with functions of its module timed from outside: the
+environment's steps in rollouts, the rest of the rollouts (the policy), the updates (the learner),
+and what is left (bookkeeping). Evaluation is apart, and so is AggreVaTeD's validation. The limit is
+the environment stepped alone, with random actions, as many times, and the last call of each update,
+repeated alone, as often.
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmark" / "results" / "time_shares.json"
+UPDATES = ("update_discriminator", "update_policy", "refit", "improve")
+FLAGS = {
+    "gail_cartpole.py": "--total-steps 50000 --eval-every 50000",
+    "gail_racecar_ppo.py": "--total-steps 50000 --eval-every 50000 --eval-episodes 10",
+    "gail_racecar_reinforce.py": "--total-steps 50000 --eval-every 50000 --eval-episodes 10",
+    "aggrevated_bipedal.py": "--iterations 2 --eval-every 2 --validation-episodes 10 "
+    "--eval-episodes 10 --expert-episodes 10",
+}
+
+
+class Clock:
+    """Seconds and calls of timed functions by name, and the arguments of the last call."""
+
+    def __init__(self):
+        self.seconds, self.calls, self.last = {}, {}, {}
+
+    def timed(self, name, function):
+        def call(*args):
+            began = time.perf_counter()
+            result = function(*args)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.calls[name], self.last[name] = self.calls.get(name, 0) + 1, args
+            return result
+
+        return call
+
+
+def instrument(script, clock):
+    """Time the script's updates, rollouts and, within these, the environments' steps."""
+    functions = {name: getattr(script, name) for name in UPDATES if hasattr(script, name)}
+    for name, function in functions.items():
+        setattr(script, name, clock.timed(name, function))
+    rollout = "rollout" if hasattr(script, "rollout") else "roll_in"
+    setattr(script, rollout, clock.timed("rollout", getattr(script, rollout)))
+    make_envs, play = script.make_envs, script.play
+
+    def make(*args):
+        envs = make_envs(*args)
+        envs.step = clock.timed("environment", envs.step)
+        return envs
+
+    def untimed(*args):
+        script.make_envs = make_envs
+        episodes = play(*args)
+        script.make_envs = make
+        return episodes
+
+    script.make_envs, script.play = make, clock.timed("evaluation", untimed)
+    record = script.Run.record
+
+    def recording(run, *args):
+        before = clock.seconds.get("evaluation", 0.0)
+        record(run, *args)
+        clock.seconds["validation"] = clock.seconds.get("evaluation", 0.0) - before
+
+    script.Run.record = recording
+    return functions, make_envs
+
+
+def environment_alone(make_envs, args, steps):
+    """Seconds that `steps` steps with random actions take, measured on some thousands of them."""
+    envs = make_envs(args.env_id, args.num_envs)
+    if hasattr(envs, "envs"):  # a list of environments, of which one will do
+        env, size = envs.envs[0], 1
+    else:
+        env, size = envs, args.num_envs
+    actions = [env.action_space.sample() for _ in range(8_000 // size)]
+    env.reset(seed=0)
+    began = time.perf_counter()
+    for action in actions:
+        _, _, terminated, truncated, _ = env.step(action)
+        if size == 1 and (terminated or truncated):
+            env.reset()
+    return (time.perf_counter() - began) / (len(actions) * size) * steps
+
+
+def measure(path, folder):
+    script, clock = importlib.import_module(Path(path).stem), Clock()
+    updates, make_envs = instrument(script, clock)
+    flags = [*FLAGS[path].split(), "--out", str(folder), "--run-name", path, "--no-progress"]
+    assert script.main(flags) == 0
+    summary = json.loads((folder / path / "summary.json").read_text())
+    args = script.parse_args(flags)
+    args.num_envs = summary["args"]["num_envs"]
+    alone = {}
+    for name in clock.last.keys() & updates.keys():
+        began = time.perf_counter()
+        for _ in range(3):
+            updates[name](*clock.last[name])
+        alone[name] = (time.perf_counter() - began) / 3 * clock.calls[name]
+    limit = environment_alone(make_envs, args, summary["env_steps"]) + sum(alone.values())
+    wall, of = summary["wall_seconds"], clock.seconds
+    if path == "aggrevated_bipedal.py":
+        wall -= of["validation"]  # of the only time, at the end
+    parts = {
+        "environment": of["environment"],
+        "policy": of["rollout"] - of["environment"],
+        "learner": sum(of[name] for name in alone),
+    }
+    parts["bookkeeping"] = wall - sum(parts.values())
+    shares = {name: f"{seconds / wall:.0%}" for name, seconds in parts.items()}
+    speed = f"{summary['env_steps'] / wall:,.0f}"
+    return {"script": path, "steps/s": speed, **shares, "time by the limit": f"{wall / limit:.2f}"}
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    paths = sys.argv[1:] or list(FLAGS)
+    rows = json.loads(RESULT.read_text())["table"] if RESULT.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            line = measure(path, Path(folder))
+            rows = [row for row in rows if row["script"] != path] + [line]
+            command = "python benchmark/time_shares.py"
+            RESULT.write_text(json.dumps({"command": command, "table": rows}, indent=1))
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
