@@ -192,7 +192,8 @@ def discounted_returns(rewards, gamma):
 def fitted_q_loss(critics, target, batch, gamma):
     """Squared error to r + gamma Q*(s', the EXPERT's action there), and no more after a fall.
 
-    Fitted Q evaluation (Le et al. 2019, algorithm 3): whoever acted, it is the expert's Q. -> ()"""
+    Fitted Q evaluation (Le et al. 2019, algorithm 3). The next action is the expert's even where
+    the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
         following = target(batch["next_observations"], batch["next_expert_actions"])
         targets = batch["rewards"] + gamma * ~batch["fell"] * following  # (networks, batch)
@@ -265,7 +266,7 @@ class Walkers:
 
 
 def make_envs(env_id, num_envs):
-    """CHANGE ME: the task."""
+    """CHANGE ME: the task, with FALL: of its ends only that one is at value 0."""
     return Walkers(env_id, num_envs)
 
 
@@ -311,22 +312,24 @@ def roll_in(envs, policy, expert, alpha, length, args):
     scale = args.noise * torch.rand(envs.num_envs, 1)
     if args.algorithm == "dagger":
         switch[:], scale[:] = 10**9, 0.0
-    noise, frames = torch.randn(envs.num_envs, 4), []
+    noise, frames, running = torch.randn(envs.num_envs, 4), [], []
     while not envs.over.all():
-        running = ~envs.over
+        running.append(~envs.over)
         seen = torch.as_tensor(observations, device=args.device)
         expert_actions, greedy = expert.greedy(seen).cpu(), policy.greedy(seen).cpu()
         chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
         tail = len(frames) >= switch
-        actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1))
+        actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1)).numpy()
         noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # lasts some steps, deviation 1
-        frame = (running, observations, actions.numpy(), expert_actions.numpy(), tail[:, 0].numpy())
-        observations, rewards, *_ = envs.step(actions.numpy())
-        frames.append((*frame, rewards.astype(np.float32), observations, rewards <= FALL))
+        frame = {"observations": observations, "actions": actions, "tail": tail[:, 0].numpy()}
+        frame["expert_actions"] = expert_actions.numpy()
+        observations, rewards, *_ = envs.step(actions)
+        frame |= {"next_observations": observations, "rewards": rewards.astype(np.float32)}
+        frames.append({**frame, "fell": rewards <= FALL})
     envs.close()
-    running, *columns = (np.stack(column, 1) for column in zip(*frames))
-    names = ("observations", "actions", "expert_actions", "tail", "rewards", "next_observations")
-    batch = {name: torch.as_tensor(x[running]) for name, x in zip((*names, "fell"), columns)}
+    running = np.stack(running, 1)  # (envs, steps): picks the steps of one trajectory after another
+    columns = {name: np.stack([frame[name] for frame in frames], 1) for name in frames[0]}
+    batch = {name: torch.as_tensor(column[running]) for name, column in columns.items()}
     batch["last"] = torch.zeros(len(batch["rewards"]), dtype=torch.bool)
     batch["last"][torch.as_tensor(running.sum(1).cumsum() - 1)] = True
     following = batch["next_observations"].to(args.device)
@@ -359,9 +362,10 @@ class Transitions:
 
 
 def cost_to_go(batch, gamma):
-    """Which of the expert's own steps have a known cost-to-go, and that: (steps,) bool, (steps,).
+    """Of which steps the cost-to-go is known, and the discounted sums of rewards: (steps,) both.
 
-    Known is it up to a fall, and 5 / (1 - gamma) steps before any other end."""
+    For the log alone: nothing is trained on it. Known it is on the expert's own steps, up to a
+    fall; before any other end not in the last 5 / (1 - gamma) steps, whose sums are cut short."""
     known, returns, begin = torch.zeros_like(batch["tail"]), [], 0
     for end in (batch["last"].nonzero()[:, 0] + 1).tolist():
         returns.append(discounted_returns(batch["rewards"][begin:end], gamma))
@@ -386,7 +390,7 @@ def descend(optimizer, loss):
 
 
 def refit(critics, target, optimizer, transitions, args):
-    """Fitted Q evaluation on all transitions so far; returns the last loss."""
+    """Fitted Q evaluation, gone on with on all transitions so far; returns the last loss."""
     loss = torch.zeros(())
     for _ in range(args.critic_updates):
         batch = transitions.sample(args.batch_size, args.device)
