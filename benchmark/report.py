@@ -4,7 +4,7 @@
     python benchmark/report.py --check    only name the pages that differ from the results
 
 A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
-between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run.
+between them is made from benchmark/results/NAME.json (of NAME+NAME side by side), where run.py leaves the summary of every run.
 peers_cartpole.json holds rows instead of runs: other libraries on the same demonstrations; a file
 with a `table` has its lines already.
 """
@@ -128,8 +128,29 @@ def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def side_by_side(names):
+    """The Markdown of several experiments with the same variants: a line each, mean ± std."""
+    cells = []
+    for name in names:
+        line = {"experiment": f"`{name}`"}
+        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+            key, _, unit = metric(runs)
+            values = unit * np.array([run["learner"][key] for run in runs])
+            line[variant] = f"{values.mean():.1f} ± {values.std():.1f}"
+        every = load(name)["runs"]
+        line["steps to solved"] = "none"
+        if any(run["env_steps"] for run in every):
+            line["steps to solved"] = median([run["solved_at_env_steps"] for run in every])
+        cells.append(line)
+    rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(line.values()) for line in cells)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"{text}\nMade by `python benchmark/run.py {' '.join(names)}`.\n"
+
+
 def table(name, folder):
     """The Markdown of an experiment's table, and below it what made it."""
+    if "+" in name:
+        return side_by_side(name.split("+"))
     result = load(name)
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()
@@ -156,7 +177,7 @@ def fill(page):
             for path in (RESULTS / f"{name}.json", FIGURES / f"{name}.png")
         )
         text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
-        if not (RESULTS / f"{name}.json").exists():
+        if not all((RESULTS / f"{part}.json").exists() for part in name.split("+")):
             text = "not measured yet\n"
         elif kind == "table":
             text = table(name, source)
