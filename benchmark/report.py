@@ -107,20 +107,22 @@ def variant_line(runs):
 
 
 def peer_line(rows):
-    """One line of the peers' table: medians over the seeds."""
+    """One line of the peers' table: medians over the seeds but for the return."""
 
     def column(name):
         return [row.get(name) for row in rows]
 
-    return {
-        **{name: rows[0].get(name, "") for name in ("library", "algorithm", "variant")},
-        "return": median(column("return_mean"), ".1f"),
-        "steps": median([steps or 0 for steps in column("env_steps")]),
-        "training, s": median(column("seconds"), ".1f"),
-        "seeds solved": f"{len(rows) - column('solved_at_seconds').count(None)} of {len(rows)}",
-        "steps to solved": median(column("solved_at_env_steps")),
-        "seconds to solved": median(column("solved_at_seconds"), ".1f"),
-    }
+    returns = np.array(column("return_mean"))
+    line = {name: rows[0].get(name, "") for name in ("library", "algorithm", "variant")}
+    line["return"] = f"{returns.mean():.1f} ± {returns.std():.1f}"
+    line["training, s"] = median(column("seconds"), ".1f")
+    if any(column("env_steps")):
+        line["steps"] = median(column("env_steps"))
+        solved = len(rows) - column("solved_at_seconds").count(None)
+        line["seeds solved"] = f"{solved} of {len(rows)}"
+        line["steps to solved"] = median(column("solved_at_env_steps"))
+        line["seconds to solved"] = median(column("solved_at_seconds"), ".1f")
+    return line
 
 
 @cache
