@@ -16,10 +16,10 @@ DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algo
 docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
 
 Deviations from the paper: (1) the gradient is taken through Q* (reparameterised), where the paper
-has the score function; (2) the learner is held near the expert's action; (3) Q* is discounted and a
-network, refitted each iteration, and of several such the mean minus the spread counts; (4) roll-ins
-are greedy, perturbed by noise, and walked to the end by the expert; (5) all states so far count,
-the expert's among them.
+has the score function, by many steps of Adam an iteration; (2) the learner is held near the
+expert's action, and A* counts by 1 - alpha; (3) Q* is discounted and a network, trained on in each
+iteration, and of several such the mean minus the spread counts; (4) roll-ins are greedy, perturbed
+by noise, and walked to the end by the expert; (5) all states so far count, the expert's among them.
 """
 
 # /// script
@@ -390,7 +390,7 @@ def descend(optimizer, loss):
 
 
 def refit(critics, target, optimizer, transitions, args):
-    """Fitted Q evaluation, gone on with on all transitions so far; returns the last loss."""
+    """Fitted Q evaluation, continued on all transitions so far; returns the last loss."""
     loss = torch.zeros(())
     for _ in range(args.critic_updates):
         batch = transitions.sample(args.batch_size, args.device)
@@ -712,7 +712,8 @@ class Run:
         self.count = {name: int(state["run"]["count"][name]) for name in self.count}
         for point in self.curve:
             numbers = all(isinstance(value, int | float) for value in point.values())
-            check(numbers and {METRIC, *self.count} <= point.keys(), "a curve of other things")
+            known = {METRIC, "wall_seconds", *self.count} <= point.keys()
+            check(numbers and known, f"no numbers in its curve, expected {METRIC} and others")
         torch.set_rng_state(state["rng"])
         if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])

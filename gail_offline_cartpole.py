@@ -559,7 +559,8 @@ class Run:
         self.count = {name: int(state["run"]["count"][name]) for name in self.count}
         for point in self.curve:
             numbers = all(isinstance(value, int | float) for value in point.values())
-            check(numbers and {METRIC, *self.count} <= point.keys(), "a curve of other things")
+            known = {METRIC, "wall_seconds", *self.count} <= point.keys()
+            check(numbers and known, f"no numbers in its curve, expected {METRIC} and others")
         torch.set_rng_state(state["rng"])
         if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])

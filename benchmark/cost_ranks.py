@@ -51,9 +51,8 @@ def played():
         yield "constant reward", gail.play(policy.act, ENV_ID, EPISODES, 2_000_000)
 
 
-def discriminator(seed):
-    path = RUNS / f"gail_cartpole__ppo__{seed}" / "checkpoint.pt"
-    weights = torch.load(path, weights_only=True)["discriminator"]
+def discriminator(run_name):
+    weights = torch.load(RUNS / run_name / "checkpoint.pt", weights_only=True)["discriminator"]
     network = gail.Discriminator(64, weights["mean"], weights["std"])
     network.load_state_dict(weights)
     return network
@@ -67,8 +66,9 @@ def rewards(network, episodes):
 
 
 def rank_correlation(x, y):
-    """Spearman's, for values of which hardly any are equal."""
-    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
+    """Spearman's; equal values share their mean rank."""
+    ranks = [np.sign(v[:, None] - v).sum(1) for v in map(np.array, (x, y))]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def main():
@@ -79,10 +79,9 @@ def main():
     distances = gail.occupancy_distances(ENV_ID, held_out, samples)
     closeness = -np.array([distances[str(i)] for i in range(len(policies))])
     returns = np.array([gail.statistics(e)["return_mean"] for _, e in policies])
-    noise = np.random.default_rng(0).uniform(0, 1e-6, len(returns))  # to break ties at 500
     found = {}
     for seed in SEEDS:
-        network = discriminator(seed)
+        network = discriminator(f"gail_cartpole__ppo__{seed}")
         each = [rewards(network, episodes) for _, episodes in policies]
         says = {
             "summed over an episode": [np.mean([float(r.sum()) for r in rs]) for rs in each],
@@ -90,7 +89,7 @@ def main():
         }
         for name, values in says.items():
             line = found.setdefault(name, {"the return": [], "closeness to the expert": []})
-            line["the return"].append(rank_correlation(values, returns + noise))
+            line["the return"].append(rank_correlation(values, returns))
             line["closeness to the expert"].append(rank_correlation(values, closeness))
     table = []
     for name, line in found.items():

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +36,7 @@ def watch(script, samples):
         record(run, *args)
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         files = len(os.listdir("/proc/self/fd"))
-        counts = (memory, files, physics_clients())
-        samples.append((run.count[script.CLOCK], run.seconds, time.perf_counter(), *counts))
+        samples.append((run.count[script.CLOCK], run.seconds, memory, files, physics_clients()))
 
     script.Run.record = recording
 
@@ -46,7 +44,7 @@ def watch(script, samples):
 def measure(samples):
     """What the samples say of all but the first tenth, where things are still being made."""
     samples = np.array(samples)
-    steps, seconds, _, memory, files, clients = samples.T
+    steps, seconds, memory, files, clients = samples.T
     late = steps > 0.1 * steps[-1]
     slope = np.polyfit(steps[late], memory[late], 1)[0]
     tenth = [steps < 0.1 * steps[-1], steps >= 0.9 * steps[-1]]

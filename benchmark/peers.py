@@ -108,7 +108,9 @@ def main():
         rows.append({**about, **peer})
         command = "python benchmark/peers.py --peer-python .venv-peer/bin/python"
         command += f" --seeds {args.seeds} {' '.join(args.algorithms)}"
-        machine = f"{platform.system()}, {os.cpu_count()} cores, one thread, one run at a time"
+        machine = (
+            f"{platform.system()}, {os.cpu_count()} cores, one thread, its runs one after the other"
+        )
         result = {"command": command, "machine": machine, "rows": rows}
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(result, indent=1))

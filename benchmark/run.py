@@ -46,18 +46,21 @@ def expand(name, experiment):
             yield {**about, "program": program, "command": [*program, *words]}
 
 
-def prepare(experiment):
-    """Where an experiment's script is another one's with a patch, make it."""
+def prepare(experiment, root=ROOT):
+    """Where an experiment's script is another one's with a patch, make it below `root`."""
     if "patch" in experiment:
-        made, source, patch = (experiment[name] for name in ("script", "source", "patch"))
-        subprocess.run(["patch", "-s", "-o", made, source, patch], cwd=ROOT, check=True)
+        made = root / experiment["script"]
+        made.parent.mkdir(parents=True, exist_ok=True)
+        command = ["patch", "-s", "-o", made, experiment["source"], experiment["patch"]]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 def execute(run, out, root):
     """Run one, or go on with it, or read what it left; returns its summary."""
     folder = out / run["run_name"]
+    summary, died = folder / "summary.json", ""
     for _ in range(TRIES):
-        if (folder / "summary.json").exists():
+        if summary.exists():
             break
         command = [*run["command"], "--out", str(out), "--run-name", run["run_name"]]
         if (folder / "checkpoint.pt").exists():
@@ -66,9 +69,10 @@ def execute(run, out, root):
         done = subprocess.run(
             [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
         )
-    else:
-        raise RuntimeError(f"{shlex.join(command)} failed {TRIES} times:\n{done.stderr}")
-    return json.loads((folder / "summary.json").read_text())
+        died = f"{shlex.join(command)} failed {TRIES} times:\n{done.stderr}"
+    if not summary.exists():
+        raise RuntimeError(died)
+    return json.loads(summary.read_text())
 
 
 def local(runs, out, jobs):
@@ -130,7 +134,10 @@ def main():
         prepare(table[name])
         runs, out = list(expand(name, table[name])), args.out.resolve()
         done = on_ray(runs, out) if args.ray else local(runs, out, args.jobs)
-        summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))
+        try:
+            summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
         rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]
         result = {"command": f"python benchmark/run.py {name}", "runs": rows}
         (args.results / f"{name}.json").write_text(json.dumps(result, indent=1))

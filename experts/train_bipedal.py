@@ -128,30 +128,21 @@ def train(args):
             )
             curve.append({"steps": steps, "file": path.name, **result})
             (args.out / "curve.json").write_text(json.dumps({**about, "curve": curve}, indent=1))
-            self.model.save(args.out / "last.model")
-            self.model.save_replay_buffer(args.out / "last.buffer")
             print(f"{steps:,} steps: {result}", flush=True)
             return result["mean"] < args.until
 
     def clipped(env):
         return gym.wrappers.TransformReward(env, lambda r: max(float(r), -args.fall_penalty))
 
-    args.out.mkdir(parents=True, exist_ok=args.resume)
+    args.out.mkdir(parents=True)
     packages = ("sbx-rl", "jax", "gymnasium", "box2d", "numpy", "torch")
     versions = {name: importlib.metadata.version(name) for name in packages}
     about = {"env_id": args.env_id, "algorithm": "TQC", "versions": versions}
     about["command"] = shlex.join(["python", "experts/train_bipedal.py", *sys.argv[1:]])
-    curve = json.loads((args.out / "curve.json").read_text())["curve"] if args.resume else []
-    envs = make_vec_env(args.env_id, args.num_envs, seed=args.seed, wrapper_class=clipped)
-    if args.resume:
-        model = TQC.load(args.out / "last.model", envs, seed=args.seed + curve[-1]["steps"])
-        model.load_replay_buffer(args.out / "last.buffer")
-        left = args.total_steps - model.num_timesteps
-        model.learn(left, callback=Evaluate(), reset_num_timesteps=False)
-        return
+    curve = []
     model = TQC(
         "MlpPolicy",
-        envs,
+        make_vec_env(args.env_id, args.num_envs, seed=args.seed, wrapper_class=clipped),
         learning_rate=lambda left: args.lr * max(left, 0.1) if args.decay else args.lr,
         buffer_size=args.total_steps,
         batch_size=args.batch_size,
@@ -188,9 +179,6 @@ def main():
     flag("--fall-penalty", type=float, default=100.0, help="less than 100: a fall costs that")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")
-    flag(
-        "--resume", action="store_true", help="go on with the run in --out, which has its own file"
-    )
     flag("--score", type=Path, help="evaluate this file on fresh seeds and stop")
     pick = "print the first file in --out whose mean return of 100 episodes lies between these"
     flag("--pick", type=float, nargs=2, metavar=("LOW", "HIGH"), help=pick)

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -23,10 +25,11 @@ EXPERIMENTS = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text(
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_script_accepts_every_command_of_an_experiment(name):
+def test_the_script_accepts_every_command_of_an_experiment(name, tmp_path, monkeypatch):
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
-    run.prepare(EXPERIMENTS[name])
+    run.prepare(EXPERIMENTS[name], tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "runs")
     runs = list(run.expand(name, EXPERIMENTS[name]))
     assert len({each["run_name"] for each in runs}) == len(runs) > 0
     for each in runs:
@@ -35,7 +38,7 @@ def test_the_script_accepts_every_command_of_an_experiment(name):
         assert each["command"][: len(program)] == program
         if len(program) > 1:
             assert program[0] == "benchmark/variants.py" and program[1] in variants.VARIANTS
-        script = importlib.import_module(program[-1].removesuffix(".py"))
+        script = importlib.import_module(Path(program[-1]).stem)
         assert script.parse_args(flags).seed == each["seed"]
 
 
@@ -70,9 +73,10 @@ def test_the_next_state_of_cartpole_is_gymnasiums():
         observations = following
 
 
-def test_the_walk_through_to_another_task(tmp_path):
+def test_the_walk_through_to_another_task(tmp_path, monkeypatch):
     """The patch that docs/index.md shows still applies, and what it makes trains and resumes."""
-    run.prepare(EXPERIMENTS["gail_pendulum"])
+    run.prepare(EXPERIMENTS["gail_pendulum"], tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "runs")
     case = replace(SCRIPTS_BY_NAME["gail_cartpole"], script="gail_pendulum", full=600, half=300)
     case.run(tmp_path / "run", budget=case.half)
     assert same(case.resume(tmp_path / "run"), case.run(tmp_path / "whole"))
@@ -128,13 +132,33 @@ def expected(tmp_path_factory):
     return result_of(run_small(folder), folder)
 
 
+@pytest.mark.parametrize("failures", [0, run.TRIES - 1, run.TRIES])
+def test_a_run_is_tried_so_many_times(failures, tmp_path):
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(
+        f"from pathlib import Path\nlog = Path({str(log)!r})\nlog.open('a').write('.')\n"
+        f"assert len(log.read_text()) > {failures}, 'died'\n"
+        f"Path({str(tmp_path / 'run')!r}).mkdir()\n"
+        f"Path({str(tmp_path / 'run' / 'summary.json')!r}).write_text('[5]')\n"
+    )
+    about = {"run_name": "run", "program": [str(script)], "command": [str(script)]}
+    if failures < run.TRIES:
+        assert run.execute(about, tmp_path, ROOT) == [5]
+    else:
+        with pytest.raises(RuntimeError, match="died"):
+            run.execute(about, tmp_path, ROOT)
+    assert len(log.read_text()) == min(failures + 1, run.TRIES)
+
+
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, expected):
     process = run_small(tmp_path / "cut", "--jobs", "1")
     checkpoint = tmp_path / "cut" / "runs" / "small__ppo__1" / "checkpoint.pt"
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.05)
-    subprocess.run(["pkill", "-9", "-f", str(checkpoint.parent.parent) + " --run-name"], check=True)
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    (child,) = (int(pid) for task in tasks for pid in task.read_text().split())
+    os.kill(child, signal.SIGKILL)
     assert result_of(process, tmp_path / "cut") == expected
 
 

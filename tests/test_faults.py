@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, falling_expert, finite, same, weights
+from test_bad_input import Payload
 from tqdm import tqdm
 
 pytestmark = pytest.mark.faults
@@ -263,7 +264,8 @@ def damage(data, rng):
         data[at : at + count] = bytes(min(count, len(data) - at))
     elif way == 4:  # a number of the format, perhaps a size
         at = int(rng.integers(max(len(data) - 8, 1)))
-        data[at : at + 8] = rng.choice([b"\xff" * 8, b"\xff\xff\xff\x7f\0\0\0\0", b"\0" * 8])
+        sizes = [b"\xff" * 8, b"\xff\xff\xff\x7f\0\0\0\0", b"\0" * 8]
+        data[at : at + 8] = sizes[rng.integers(3)]
     else:
         for _ in range(int(rng.integers(1, 9))):
             data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
@@ -284,8 +286,8 @@ def places(content, path=()):
             yield from places(content[key], (*path, key))
 
 
-def swap_value(content, rng):
-    """`content` with a random place of its nest removed, or another value put there."""
+def swap_value(content, rng, *more):
+    """`content` with a random place of its nest removed, or one of VALUES or `more` put there."""
     content = copy.deepcopy(content)
     found = list(places(content))
     path = found[rng.integers(1, len(found))]
@@ -301,7 +303,8 @@ def swap_value(content, rng):
     elif rng.random() < 0.2:
         del parent[path[-1]]
     else:
-        parent[path[-1]] = VALUES[rng.integers(len(VALUES))]
+        values = [*VALUES, *more]
+        parent[path[-1]] = values[rng.integers(len(values))]
     return content
 
 
@@ -334,6 +337,7 @@ def other_arrays(path, rng):
         lambda: np.broadcast_to(np.float32(0), (10**5, *array.shape[1:])),
         lambda: array * np.float32("nan"),
         lambda: np.array(json.dumps({"env_id": env_id})),
+        lambda: np.array([Payload(path.with_name("canary"))] * len(array), object),
     ]
     with contextlib.suppress(ValueError, TypeError, IndexError):
         arrays[name] = ways[rng.integers(len(ways))]()
@@ -341,7 +345,8 @@ def other_arrays(path, rng):
 
 
 def other_tensors(path, rng):
-    torch.save(swap_value(torch.load(path, weights_only=True), rng), path)
+    payload = Payload(path.with_name("canary"))
+    torch.save(swap_value(torch.load(path, weights_only=True), rng, *[payload] * 5), path)
 
 
 def other_expert(path, rng):
@@ -351,7 +356,7 @@ def other_expert(path, rng):
     if rng.random() < 0.3:
         about = swap_value(about, rng)
     else:
-        weights = swap_value(weights, rng)
+        weights = swap_value(weights, rng, *[Payload(path.with_name("canary"))] * 5)
     torch.save(weights, file)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("policy.pth", file.getvalue())
@@ -395,7 +400,7 @@ class Loaded(Exception):
 
 
 def mutate(script, argv, path, other, many, tmp_path, errors):
-    """Runs in a fork. Damages the file `many` times; prints what became of it, as JSON."""
+    """Runs in a fork. Damages the file `many` times and writes what came of it to counts.json."""
     original, module, run = path.read_bytes(), script.module, tmp_path / "run"
     counts = {"refused": 0, "unnoticed": 0, "longest, s": 0.0, "most memory, MB": 0}
     played = module.play(None, script.task.env_id, 4, 0)
@@ -424,8 +429,6 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
             status = module.main(argv)
         except Loaded:
             status = 0
-        except SystemExit as stop:  # argparse's, with the usage
-            status = stop.code
         except BaseException:
             shutil.copy(path, tmp_path / "failed")
             print(f"mutation {seed} of {path.name}", file=sys.stderr)
@@ -435,7 +438,7 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
         lines = [line for line in printed.splitlines() if line.startswith(f"{script.script}.py:")]
         assert status in (0, 1, 2) and (len(lines) == 1) == (status != 0), f"{seed}: {printed}"
         assert status == 0 or len(lines[0]) < 500, f"{seed}: {printed}"
-        assert not (tmp_path / "canary").exists()
+        assert not path.with_name("canary").exists(), seed
         counts["unnoticed" if status == 0 else "refused"] += 1
         counts["longest, s"] = max(counts["longest, s"], round(time.monotonic() - began, 1))
         before, highest = highest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
