@@ -83,6 +83,8 @@ def add_settings(parser):
     flag("--mixing", type=number(int, 1), default=5, help=mixing)
     noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
     flag("--noise", type=number(float, 0), default=0.3, help=noise)
+    longest = "the expert takes over after a random number of steps below this"
+    flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
@@ -101,7 +103,7 @@ def add_settings(parser):
     caution = "how many deviations of the critics to take off their mean"
     flag("--caution", type=number(float, 0), default=0.5, help=caution)
     anchor = "weight of the squared distance to the expert's action, in units of the return"
-    flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
+    flag("--anchor", type=number(float, 0), default=8.0, help=anchor)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -299,16 +301,16 @@ def make_expert(args):
 
 
 @torch.no_grad()
-def roll_in(envs, policy, expert, alpha, length, args):
+def roll_in(envs, policy, expert, alpha, args):
     """A trajectory of each environment, one after the other: a dict of (steps, ...).
 
     Each is begun by the expert (with probability alpha) or the learner, with noise on the actions,
-    and walked to its end by the expert alone, from a random step below `length` on: `tail`.
+    and walked to its end by the expert alone, from a random step below --switch on: `tail`.
     DAgger's have neither noise nor tail."""
     below = EVALUATION_SEEDS - envs.num_envs
     observations, _ = envs.reset(seed=int(torch.randint(below, ())))
     by_expert = torch.rand(envs.num_envs, 1) < alpha
-    switch = torch.randint(length, (envs.num_envs, 1))
+    switch = torch.randint(args.switch, (envs.num_envs, 1))
     scale = args.noise * torch.rand(envs.num_envs, 1)
     if args.algorithm == "dagger":
         switch[:], scale[:] = 10**9, 0.0
@@ -427,19 +429,18 @@ def train(args):
     if args.refit_critic:
         sizes = (28, args.critic_hidden, args.critic_hidden, 1)
         critics = Critics(relu_mlp(*sizes) for _ in range(args.critics)).to(args.device)
-    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.95))
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
     networks = {"policy": policy, "best": best, "critics": critics, "target": target}
     optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
     run.start(**networks, **optimizers, transitions=transitions)
-    length = int(run.expert_length)
 
     while not run.finished:
         alpha = max(0.0, 1 - run.count["updates"] / args.mixing)
         envs = make_envs(args.env_id, args.num_envs)
-        batch = roll_in(envs, policy, expert, alpha, length, args)
+        batch = roll_in(envs, policy, expert, alpha, args)
         transitions.add(batch)
         run.count["env_steps"] += len(batch["rewards"])
         run.count["updates"] += 1
@@ -675,7 +676,6 @@ class Run:
         if not args.resume:
             self.folder.mkdir(parents=True)
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
-        self.expert_length = statistics(episodes)["length_mean"]
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 

@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aggrevated_bipedal as script
 
 
-def fit(transitions, args, updates):
-    """Critics after each of these numbers of updates: yields (updates, critics, seconds)."""
+def fit(transitions, args, updates, pace=0.05):
+    """Critics after each of these numbers of updates: yields (updates, critics, seconds).
+
+    `pace` is the share by which the target follows in an update; the script's is 0.05."""
     sizes = (28, args.critic_hidden, args.critic_hidden, 1)
     critics = script.Critics(script.relu_mlp(*sizes) for _ in range(args.critics))
-    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(1 - pace))
     optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
     began, done = time.perf_counter(), 0
     for until in updates:
@@ -44,6 +46,14 @@ def one_step(critics, batch, gamma):
     return batch["rewards"] + gamma * ~batch["fell"] * following - value
 
 
+def level(critics, batch, args):
+    """Mean of Q* by the mean of the cost-to-go, on the expert's steps where that is above 0."""
+    known, returns = script.cost_to_go(batch, args.gamma)
+    known &= returns > 0
+    values = critics(batch["observations"], batch["actions"]).mean(0)
+    return float(values[known].mean() / returns[known].mean())
+
+
 @torch.no_grad()
 def compare(critics, batch, held_out, estimate, args):
     pushed = ~held_out["tail"]
@@ -54,6 +64,7 @@ def compare(critics, batch, held_out, estimate, args):
         "promised_deviation": round(float(promised.std()), 4),
         "correlation": round(script.correlation(promised, estimate), 4),
         "slope": round(float((promised * estimate).mean() / promised.square().mean()), 3),
+        "level": round(level(critics, held_out, args), 2),
         "value_correlation": round(script.agreement(critics, held_out, args), 3),
         "value_correlation_seen": round(script.agreement(critics, batch, args), 3),
     }
@@ -72,7 +83,7 @@ def main():
     halves = []
     for _ in range(2):
         envs = script.make_envs(args.env_id, chosen.trajectories)
-        halves.append(script.roll_in(envs, policy, expert, 1.0, 900, args))
+        halves.append(script.roll_in(envs, policy, expert, 1.0, args))
     batch, held_out = halves
     stores = [script.Transitions() for _ in halves]
     for store, half in zip(stores, halves):
@@ -81,9 +92,11 @@ def main():
     estimate = one_step(judge, held_out, args.gamma)[~held_out["tail"]]
     estimate = estimate.clamp(-5, 5) - estimate.clamp(-5, 5).mean()
     rows = [{"critics": "the file's", **compare(expert.critics, batch, held_out, estimate, args)}]
-    for updates, critics, seconds in fit(stores[0], args, chosen.updates):
-        row = {"critics": "refitted", "updates": updates, "seconds": round(seconds, 1)}
-        rows.append({**row, **compare(critics, batch, held_out, estimate, args)})
+    for pace in (0.01, 0.05):
+        for updates, critics, seconds in fit(stores[0], args, chosen.updates, pace):
+            row = {"critics": "refitted", "pace": pace, "updates": updates}
+            row["seconds"] = round(seconds, 1)
+            rows.append({**row, **compare(critics, batch, held_out, estimate, args)})
     about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
     about |= {"expert": chosen.expert, "transitions": len(batch["rewards"])}
     about |= {

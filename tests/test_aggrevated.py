@@ -184,10 +184,10 @@ def test_broken_actions_never_reach_box2d(value):
 
 def roll(alpha, **changes):
     torch.manual_seed(4)
-    args = settings(**{"expert": "good", **changes})
+    args = settings(**{"expert": "good", "switch": 20, **changes})
     policy, expert = script.Policy(8, 0.1), script.make_expert(args)
     envs = script.make_envs(args.env_id, 3)
-    return policy, expert, script.roll_in(envs, policy, expert, alpha, 20, args)
+    return policy, expert, script.roll_in(envs, policy, expert, alpha, args)
 
 
 @pytest.mark.parametrize("alpha, by", [(1.0, "expert"), (0.0, "learner")])
