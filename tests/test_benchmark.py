@@ -100,8 +100,8 @@ def test_medians_count_seeds_that_never_got_there():
 SMALL = """
 [small]
 script = "gail_cartpole.py"
-seeds = "1-3"
-variants."ppo" = "--total-steps 10000 --eval-every 2000 --eval-episodes 2"
+seeds = "1-2"
+variants."ppo" = "--total-steps 5000 --eval-every 1000 --eval-episodes 2"
 """
 
 
