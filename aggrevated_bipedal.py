@@ -775,7 +775,8 @@ class Run:
         gains = np.array([ours - theirs for ours, theirs in zip(*both)])  # on the same seeds
         solved = {}  # where the kept policy is good enough, the first that validated as such
         if learner[METRIC] >= TASKS[env_id]:
-            solved = next((p for p in self.curve if p[METRIC] >= TASKS[env_id]), {})
+            kept = max(self.curve, key=lambda point: point[METRIC])
+            solved = next((p for p in self.curve if p[METRIC] >= TASKS[env_id]), kept)
         verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
         if solved:
             verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"

@@ -64,6 +64,7 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
 def test_the_next_state_of_cartpole_is_gymnasiums():
     envs = gym.make_vec("CartPole-v1", 8, vectorization_mode="vector_entry_point")
     observations, _ = envs.reset(seed=0)
+    envs.action_space.seed(0)
     for _ in range(8):
         actions = envs.action_space.sample()
         following, _, terminated, _, _ = envs.step(actions)

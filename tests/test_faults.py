@@ -454,7 +454,7 @@ def test_any_damage_to_a_file(script, loader, finish, tmp_path, quick, long, rep
     if loader == ("demonstrations" if not script.task.demos else "expert"):
         pytest.skip("loads none")
     argv, path = load(loader, script, finish(script), tmp_path)
-    many, printed = 1_000 if long else 25, tmp_path / "printed.txt"
+    many, printed = 1_000 if long else 15, tmp_path / "printed.txt"
     run = Fork(
         mutate, script, argv, path, LOADERS[loader], many, tmp_path, printed, printed=printed
     )
