@@ -85,6 +85,8 @@ def add_settings(parser):
     flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=SCHEDULE, help="environment steps")
+    schedule = "steps over which the step sizes and the deviation of the actions fall"
+    flag("--schedule", type=number(int, 1), default=SCHEDULE, help=schedule)
     flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
     flag("--policy-lr", type=number(float, 0), default=4e-4, help="step size of Adam")
@@ -453,7 +455,7 @@ def train(args):
             descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
 
     while not run.finished:
-        left = max(1 - run.count["env_steps"] / SCHEDULE, FINAL_LR)
+        left = max(1 - run.count["env_steps"] / args.schedule, FINAL_LR)
         optimizer.param_groups[0]["lr"] = args.policy_lr * left**2
         discriminator_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         policy.std.fill_(max(STD * left, FINAL_STD))

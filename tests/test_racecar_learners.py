@@ -230,4 +230,4 @@ def test_cars_in_mid_episode_go_on_from_a_checkpoint(module):
 
 def test_the_default_budget_is_the_schedule(module):
     args = module.parse_args([])
-    assert args.total_steps == module.SCHEDULE and args.absorbing
+    assert args.total_steps == args.schedule == module.SCHEDULE and args.absorbing
