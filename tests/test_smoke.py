@@ -307,25 +307,6 @@ def test_nan_in_a_loss(case, finished, tmp_path, monkeypatch, capsys, quick):
     assert same(case.resume(folder), weights(finished))
 
 
-def test_full_disk(script, finish, tmp_path, monkeypatch, capsys, quick):
-    """The second checkpoint after the first iteration fails half-way: the first stays whole."""
-    folder, saves, save = tmp_path / "run", itertools.count(), torch.save
-
-    def full(content, file):
-        if next(saves) < 2:
-            return save(content, file)
-        file.write(b"the beginning of a checkpoint")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    assert script.module.main(script.argv(folder)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "No space left on device" in line
-    monkeypatch.undo()
-    assert 0 < done(script, folder) < script.full
-    assert same(script.resume(folder), weights(finish(script)))
-
-
 def test_the_run_folder_cannot_be_made(script, tmp_path, capsys):
     (tmp_path / "runs").write_text("a file")
     assert script.module.main(script.argv(tmp_path / "runs" / "run")) in (1, 2)
