@@ -107,6 +107,7 @@ def begin(script, tmp_path_factory):
     def start(argv, before=lambda: None):
         def main():
             before()
+            script.module.Run.latest = None  # as in a process of its own
             return script.module.main([str(argument) for argument in argv])
 
         return Fork(main, printed=printed)
