@@ -615,7 +615,7 @@ def read(path, reader):
     try:
         return reader(Path(path))
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
+        raise BadInput(f"{path}: {str(error)[:240]}") from None
     except Exception as error:  # damaged files fail in as many ways as there are readers
         reason = " ".join(str(error).split()).partition(". ")[0][:160]
         raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None

@@ -435,8 +435,8 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
             shutil.copy(path, tmp_path / "failed")
             print(f"mutation {seed} of {path.name}", file=sys.stderr)
             raise
-        sys.stderr.flush()
-        printed = errors.read_text()[at:]
+        sys.stdout.flush(), sys.stderr.flush()
+        printed = errors.read_bytes()[at:].decode()
         lines = [line for line in printed.splitlines() if line.startswith(f"{script.script}.py:")]
         assert status in (0, 1, 2) and (len(lines) == 1) == (status != 0), f"{seed}: {printed}"
         assert status == 0 or len(lines[0]) < 500, f"{seed}: {printed}"
