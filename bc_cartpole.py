@@ -288,11 +288,11 @@ def read(path, reader):
     """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
     try:
         return reader(Path(path))
-    except BadInput as error:
-        raise BadInput(f"{path}: {str(error)[:240]}") from None
     except Exception as error:  # damaged files fail in as many ways as there are readers
-        reason = " ".join(str(error).split()).partition(". ")[0][:160]
-        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+        reason = " ".join(str(error).split())[:240]  # it may quote the file
+        if not isinstance(error, BadInput):
+            reason = f"cannot be read: {type(error).__name__}: {reason.partition('. ')[0]}"
+        raise BadInput(f"{path}: {reason}") from None
 
 
 def write(path, writer):

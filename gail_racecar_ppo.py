@@ -75,7 +75,7 @@ STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore,
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
 # What D sees as a difference of 1, which the gradient penalty lets be worth about 1 in its logit:
-UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # of make_pairs
+UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see make_pairs
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -619,11 +619,11 @@ def read(path, reader):
     """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
     try:
         return reader(Path(path))
-    except BadInput as error:
-        raise BadInput(f"{path}: {str(error)[:240]}") from None
     except Exception as error:  # damaged files fail in as many ways as there are readers
-        reason = " ".join(str(error).split()).partition(". ")[0][:160]
-        raise BadInput(f"{path}: cannot be read: {type(error).__name__}: {reason}") from None
+        reason = " ".join(str(error).split())[:240]  # it may quote the file
+        if not isinstance(error, BadInput):
+            reason = f"cannot be read: {type(error).__name__}: {reason.partition('. ')[0]}"
+        raise BadInput(f"{path}: {reason}") from None
 
 
 def write(path, writer):

@@ -70,6 +70,19 @@ def compare(critics, batch, held_out, estimate, args):
     }
 
 
+def tabulate(row):
+    """A line as docs/aggrevated_bipedal.md has it."""
+    return {
+        "critics": row["critics"],
+        "their target follows by": f"{row['pace']:.0%}" if "pace" in row else "",
+        "updates": f"{row['updates']:,}" if "updates" in row else "",
+        "correlation with the estimate": f"{row['correlation']:.2f}",
+        "slope": f"{row['slope']:.2f}",
+        "correlation of Q* with the cost-to-go": f"{row['value_correlation']:.2f}",
+        "level of Q* by that of the cost-to-go": f"{row['level']:.2f}",
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--expert", default="weak")
@@ -103,7 +116,8 @@ def main():
         "held_out_pushed": len(estimate),
         "estimate_deviation": round(float(estimate.std()), 4),
     }
-    print(json.dumps({**about, "estimators": rows}, indent=1))
+    table = [tabulate(row) for row in rows]
+    print(json.dumps({**about, "table": table, "estimators": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def side_by_side(names):
+def side_by_side(names, folder):
     """The Markdown of several experiments with the same variants: a line each, mean ± std."""
     cells = []
     for name in names:
@@ -146,13 +146,14 @@ def side_by_side(names):
         cells.append(line)
     rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(line.values()) for line in cells)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return f"{text}\nMade by `python benchmark/run.py {' '.join(names)}`.\n"
+    files = ", ".join(f"[{name}.json]({folder}/{name}.json)" for name in names)
+    return f"{text}\nMade by `python benchmark/run.py {' '.join(names)}`; all runs: {files}.\n"
 
 
 def table(name, folder):
     """The Markdown of an experiment's table, and below it what made it."""
     if "+" in name:
-        return side_by_side(name.split("+"))
+        return side_by_side(name.split("+"), os.path.dirname(folder))
     result = load(name)
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()

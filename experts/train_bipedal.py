@@ -61,10 +61,10 @@ def layers(tree, names):
     return weights
 
 
-def export(model, path, about):
-    """Write the actor and the critics of `model` to a zip that holds weights and JSON alone."""
+def export(model, actor_params, path, about):
+    """Write an actor and the critics of `model` to a zip that holds weights and JSON alone."""
     actor = ["actor.latent_pi.0", "actor.latent_pi.2", "actor.mu", "actor.log_std"]
-    weights = layers(model.policy.actor_state.params["params"], actor)
+    weights = layers(actor_params["params"], actor)
     for i, critic in enumerate((model.policy.qf1_state, model.policy.qf2_state)):
         weights |= layers(critic.params["params"], [f"critic.qf{i}.{j}" for j in (0, 2, 4)])
     memory = io.BytesIO()
@@ -110,6 +110,7 @@ def describe(returns, falls):
 
 
 def train(args):
+    import jax
     from sbx import TQC
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -117,12 +118,22 @@ def train(args):
     class Evaluate(BaseCallback):
         """Every `--every` steps: export, evaluate the export, and stop where it is good enough."""
 
+        def _on_training_start(self):
+            self.average = self.model.policy.actor_state.params
+
+        def _on_rollout_start(self):
+            self.average = jax.tree.map(
+                lambda old, new: args.average * old + (1 - args.average) * new,
+                self.average,
+                self.model.policy.actor_state.params,
+            )
+
         def _on_step(self):
             steps = self.num_timesteps
             if steps // args.every == (steps - args.num_envs) // args.every:
                 return True
             path = args.out / f"{steps // args.every * args.every}.zip"
-            export(self.model, path, about)
+            export(self.model, self.average, path, about)
             result = describe(
                 *score(actor_of(path)[0], args.env_id, args.episodes, SELECTION_SEEDS)
             )
@@ -176,6 +187,7 @@ def main():
     flag("--gamma", type=float, default=0.98)
     flag("--lr", type=float, default=5e-4)
     flag("--decay", action="store_true", help="let the step size fall linearly to a tenth")
+    flag("--average", type=float, default=0.0, help="share of its average an actor keeps an update")
     flag("--fall-penalty", type=float, default=100.0, help="less than 100: a fall costs that")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")

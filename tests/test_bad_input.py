@@ -127,6 +127,7 @@ def bad(task):
         "one episode too many": ({"terminated": np.ones(4, bool)}, "terminated"),
         "terminated in every row": ({"terminated": np.ones(15, bool)}, "terminated"),
         "another environment": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
+        "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 10_000})}, "x x"),
         "metadata without environment": ({"metadata": "{}"}, "env_id"),
         "metadata that is a list": ({"metadata": "[]"}, ""),
         "metadata that is no JSON": ({"metadata": task.env_id}, ""),

@@ -227,6 +227,18 @@ def test_cars_in_mid_episode_go_on_from_a_checkpoint(module):
     restored.envs.close()
 
 
+def test_the_schedule_is_counted_in_steps(learner, tmp_path):
+    """Over so many steps that it has ended; in the middle; as by default, hardly begun."""
+    module = learner.module
+    for schedule, left in ((64, module.FINAL_STD / module.STD), (256, 0.5), (10**9, 1.0)):
+        folder = tmp_path / str(schedule)
+        learner.run(folder, "--schedule", str(schedule))
+        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        steps = checkpoint["run"]["count"]["env_steps"] - 64  # before the last rollout of 2 x 32
+        assert schedule != 256 or steps == 128
+        assert math.isclose(checkpoint["policy"]["std"], left * module.STD, rel_tol=1e-5)
+
+
 def test_the_default_budget_is_the_schedule(module):
     args = module.parse_args([])
     assert args.total_steps == args.schedule == module.SCHEDULE and args.absorbing
