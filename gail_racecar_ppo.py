@@ -70,7 +70,7 @@ TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 600_000, 0.05  # the step sizes fall over so many steps, to this share
+FINAL_LR = 0.05  # the step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
@@ -84,9 +84,9 @@ def add_settings(parser):
     flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
     flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--total-steps", type=number(int, 1), default=SCHEDULE, help="environment steps")
+    flag("--total-steps", type=number(int, 1), default=600_000, help="environment steps")
     schedule = "steps over which the step sizes and the deviation of the actions fall"
-    flag("--schedule", type=number(int, 1), default=SCHEDULE, help=schedule)
+    flag("--schedule", type=number(int, 1), default=600_000, help=schedule)
     flag("--num-envs", type=number(int, 1), default=8, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each a rollout")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")

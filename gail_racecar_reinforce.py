@@ -8,7 +8,7 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
-    python gail_racecar_reinforce.py                          the default run: a quarter of an hour
+    python gail_racecar_reinforce.py                          the default run: some ten minutes
     python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
 
 Needs racecar_env.py beside it. docs/gail_racecar_reinforce.md has the results, and what each of
@@ -70,7 +70,7 @@ TASKS = {"RaceCar-v0": 0.95}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 1_000_000, 0.05  # D's step size falls over so many steps, to this share
+FINAL_LR = 0.05  # D's step size falls to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # of place, to the networks; where it counts for little, the corners blur
@@ -84,9 +84,9 @@ def add_settings(parser):
     flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
     flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--total-steps", type=number(int, 1), default=SCHEDULE, help="environment steps")
+    flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps")
     schedule = "steps over which the step sizes and the deviation of the actions fall"
-    flag("--schedule", type=number(int, 1), default=SCHEDULE, help=schedule)
+    flag("--schedule", type=number(int, 1), default=2_000_000, help=schedule)
     flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
     flag("--policy-lr", type=number(float, 0), default=4e-4, help="step size of Adam")

@@ -239,6 +239,6 @@ def test_the_schedule_is_counted_in_steps(learner, tmp_path):
         assert math.isclose(checkpoint["policy"]["std"], left * module.STD, rel_tol=1e-5)
 
 
-def test_the_default_budget_is_the_schedule(module):
+def test_a_default_run_lies_within_the_schedule(module):
     args = module.parse_args([])
-    assert args.total_steps == args.schedule == module.SCHEDULE and args.absorbing
+    assert args.total_steps <= args.schedule and args.absorbing
