@@ -62,6 +62,103 @@ def no_advantage(script):
     script.cautious_advantages = lambda critics, observations, actions, *_: 0 * actions.sum(-1)
 
 
+def score_function(script):
+    """AggreVaTeD's gradient as the paper has it: of log pi, with A* of eight fresh actions."""
+
+    def loss(policy, critics, observations, expert_actions, weight, caution, anchor):
+        gaussian = policy(observations).base_dist
+        samples = gaussian.sample((8,))
+        columns = (observations, samples.tanh(), expert_actions)
+        flat = (column.expand(8, -1, -1).flatten(0, 1) for column in columns)
+        with torch.no_grad():
+            advantages = script.cautious_advantages(critics, *flat, caution).view(8, -1)
+        scores = gaussian.log_prob(samples).sum(-1) * (advantages - advantages.mean(0))
+        distances = (policy.greedy(observations) - expert_actions).square().sum(-1)
+        return anchor * distances.mean() - weight * scores.mean() * 8 / 7  # the mean has each in it
+
+    script.aggrevated_loss = loss
+
+
+def natural_gradient(script):
+    """AggreVaTeD's policy steps along the natural gradient, in place of Adam's."""
+
+    def improve(policy, critics, optimizer, transitions, weight, args):
+        critics.requires_grad_(False)
+        total = torch.zeros(())
+        for _ in range(args.policy_updates):
+            batch = transitions.sample(args.batch_size, args.device)
+            states = (batch["observations"], batch["expert_actions"])
+            loss = script.aggrevated_loss(
+                policy, critics, *states, weight, args.caution, args.anchor
+            )
+            natural_step(policy, batch["observations"], loss)
+            total += loss.detach()
+        critics.requires_grad_(True)
+        return {"losses/policy": float(total) / args.policy_updates}
+
+    script.improve = improve
+
+
+def natural_step(policy, observations, loss, kl=1e-4, damping=1e-3, iterations=10):
+    """Step down F^-1 g, so far at most that the Gaussian moves by `kl` nats."""
+    parameters = list(policy.parameters())
+
+    def flat_gradient(value, **kwargs):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, **kwargs)])
+
+    gradient = flat_gradient(loss)
+    means = policy.network(observations)
+    distance = (means - means.detach()).square().sum(-1).mean() / policy.settings["std"] ** 2 / 2
+    slope = flat_gradient(distance, create_graph=True)
+    direction, residual = torch.zeros_like(gradient), gradient.clone()
+    search, norm = residual.clone(), residual.dot(residual)
+    for _ in range(iterations):  # conjugate gradients
+        product = flat_gradient(slope.dot(search), retain_graph=True) + damping * search
+        length = norm / search.dot(product)
+        direction, residual = direction + length * search, residual - length * product
+        norm, before = residual.dot(residual), norm
+        search = residual + norm / before * search
+    step = min(1.0, float((2 * kl / direction.dot(gradient).clamp(min=1e-12)).sqrt()))
+    with torch.no_grad():
+        for parameter, part in zip(
+            parameters, direction.split([parameter.numel() for parameter in parameters])
+        ):
+            parameter -= step * part.view_as(parameter)
+
+
+def min_max_weights(script):
+    """The first attempt's: -log pi of executed actions, weighted by Q* scaled to [0, 1]."""
+
+    def improve(policy, critics, optimizer, transitions, weight, args):
+        columns = transitions.columns
+        observations, actions = columns["observations"], columns["actions"].clamp(-0.999, 0.999)
+        with torch.no_grad():
+            values = critics(observations, actions).min(0).values
+            weights = (values - values.min()) / (values.max() - values.min())
+        total = torch.zeros(())
+        for _ in range(args.policy_updates):
+            rows = torch.randint(len(weights), (args.batch_size,))
+            log_probs = policy(observations[rows]).log_prob(actions[rows]).sum(-1)
+            loss = -(weights[rows] * log_probs).mean()
+            script.descend(optimizer, loss)
+            total += loss.detach()
+        return {"losses/policy": float(total) / args.policy_updates}
+
+    script.improve = improve
+
+
+def expert_rolls_in(script):
+    """Every trajectory of AggreVaTeD is the expert's own, with noise."""
+    roll_in = script.roll_in
+    script.roll_in = lambda envs, policy, expert, _, args: roll_in(envs, policy, expert, 1.0, args)
+
+
+def learner_rolls_in(script):
+    """Every trajectory of AggreVaTeD is begun by the learner, the first ones too."""
+    roll_in = script.roll_in
+    script.roll_in = lambda envs, policy, expert, _, args: roll_in(envs, policy, expert, 0.0, args)
+
+
 def states_only(script):
     """D sees the states of CartPole and not the actions."""
     make_pairs = script.make_pairs
@@ -117,7 +214,9 @@ VARIANTS = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
-        *(biases_near_0, no_advantage, states_only, next_states, linear_policy),
+        *(biases_near_0, states_only, next_states, linear_policy),
+        *(no_advantage, score_function, natural_gradient, min_max_weights),
+        *(expert_rolls_in, learner_rolls_in),
     )
 }
 

@@ -18,7 +18,9 @@ import torch
 from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-report, run, variants = (importlib.import_module(name) for name in ("report", "run", "variants"))
+report, run, variants, bipedal_gradients = (
+    importlib.import_module(name) for name in ("report", "run", "variants", "bipedal_gradients")
+)
 
 SCRIPTS_BY_NAME = {case.script: case for case in SCRIPTS}
 EXPERIMENTS = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text())
@@ -46,7 +48,10 @@ def test_the_script_accepts_every_command_of_an_experiment(name, tmp_path, monke
 def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path):
     cartpole = (variants.states_only, variants.next_states, variants.linear_policy)
     name = "gail_cartpole" if variant in cartpole else "gail_racecar_ppo"
-    name = "aggrevated_bipedal" if variant is variants.no_advantage else name
+    walker = (variants.no_advantage, variants.score_function)
+    walker += (variants.natural_gradient, variants.min_max_weights)
+    walker += (variants.expert_rolls_in, variants.learner_rolls_in)
+    name = "aggrevated_bipedal" if variant in walker else name
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
     spec = importlib.util.spec_from_file_location("variant", ROOT / f"{name}.py")
@@ -59,6 +64,79 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
     assert bool(changed) == (variant is not variants.as_it_is)
     argv = SCRIPTS_BY_NAME[name].argv(tmp_path / "run", "--eval-episodes", 2)
     assert script.main(argv) == 0
+
+
+class KnownCritics(torch.nn.Module):
+    """Q*(s, a) = -4 |a - 0.1 s_0..3|^2, twice."""
+
+    def forward(self, observations, actions):
+        value = -4 * (actions - 0.1 * observations[:, :4]).square().sum(-1)
+        return torch.stack([value, value])
+
+
+@pytest.fixture
+def walker_states():
+    """A policy and 4,000 states, where Q* is known: what the walker's benchmarks work on."""
+    script, critics = bipedal_gradients.script, KnownCritics()
+    torch.manual_seed(0)
+    policy, states = script.Policy(8, 0.1), torch.randn(4_000, 24)
+    samples = policy(states).base_dist.sample()
+    batch = {"observations": states, "samples": samples, "actions": samples.tanh()}
+    batch["expert_actions"] = 0.1 * states[:, :4] + 0.1 * torch.randn(4_000, 4)
+    return policy, critics, batch
+
+
+def test_estimators_that_are_right_agree(walker_states):
+    """With Q* exact every estimator of AggreVaTeD's gradient has the same mean."""
+    policy, critics, batch = walker_states
+    args = bipedal_gradients.script.parse_args([])
+    values = critics(batch["observations"], batch["actions"])[0]
+    following = critics(batch["observations"], batch["expert_actions"])[0]
+    batch["cost_to_go"] = values + torch.randn(4_000)
+    batch["rewards"] = values - args.gamma * following
+    batch["fell"] = torch.zeros(4_000, dtype=torch.bool)
+    batch["next_observations"] = batch["observations"]
+    batch["next_expert_actions"] = batch["expert_actions"]
+    rows = bipedal_gradients.compare(policy, critics, batch, args, 20)
+    real, one_step, fresh, reparameterised, _ = rows.values()
+    assert reparameterised["own"] > 0.99 and fresh["own"] > one_step["own"] > real["own"] > 0.1
+    assert all(0.8 < row["corrected"] < 1.2 for row in (one_step, fresh, reparameterised))
+
+
+def test_the_score_function_of_fresh_actions_is_the_gradient(walker_states, monkeypatch):
+    policy, critics, batch = walker_states
+    script = bipedal_gradients.script
+    states = (batch["observations"], batch["expert_actions"])
+
+    def gradient():
+        loss = script.aggrevated_loss(policy, critics, *states, 1.0, 0.0, 2.0)
+        (found,) = torch.autograd.grad(loss, policy.network[-1].bias)
+        return found
+
+    exact = gradient()
+    monkeypatch.setattr(script, "aggrevated_loss", script.aggrevated_loss)  # to be put back
+    variants.score_function(script)
+    assert torch.allclose(gradient(), exact, rtol=0.1, atol=0.1 * exact.abs().max())
+
+
+def test_a_natural_step_is_that_of_the_fisher_matrix(walker_states):
+    """Against F in full, on a policy of so few weights that it can be inverted."""
+    policy, _, batch = walker_states
+    policy.network = torch.nn.Sequential(torch.nn.Linear(24, 4)).double()
+    states = batch["observations"].double()
+    weights = [parameter.detach().clone() for parameter in policy.parameters()]
+    loss = (policy.network(states) - batch["expert_actions"].double()).square().sum(-1).mean()
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+    padded = torch.cat([states, torch.ones(len(states), 1, dtype=torch.double)], -1)
+    moments = padded.T @ padded / len(padded) / 0.1**2 + 1e-3 * torch.eye(25)
+    by_output = torch.cat([slope[:96].view(4, 24), slope[96:, None]], -1)
+    natural = torch.linalg.solve(moments, by_output.T).T
+    kl = 1e-4
+    natural *= min(1.0, float((2 * kl / (natural * by_output).sum()).sqrt()))
+    loss = (policy.network(states) - batch["expert_actions"].double()).square().sum(-1).mean()
+    variants.natural_step(policy, states, loss, kl=kl, iterations=40)
+    weight, bias = (b - a for a, b in zip(policy.parameters(), weights))
+    assert torch.allclose(torch.cat([weight, bias[:, None]], -1), natural, rtol=1e-3, atol=1e-8)
 
 
 def test_the_next_state_of_cartpole_is_gymnasiums():
