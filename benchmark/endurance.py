@@ -1,10 +1,10 @@
 """Train for a million environment steps, and see that memory, files and speed stay what they were.
 
-    python benchmark/endurance.py gail_cartpole.py --total-steps 1000000
-    python benchmark/endurance.py gail_racecar_ppo.py --total-steps 1000000
+    python benchmark/endurance.py gail_cartpole.py --total-steps 1000000 --eval-every 100000
+    python benchmark/endurance.py gail_racecar_ppo.py --total-steps 1000000 --eval-every 100000
 
 Flags are the script's own. After each iteration the resident memory, the open files and, for the
-race car, the physics clients of the process are counted; a line of the result is a script.
+race car, the physics clients of the process are counted. A line of the result is one run.
 """
 
 import importlib
@@ -70,9 +70,9 @@ def main():
     watch(script, samples)
     status = script.main(flags)
     rows = json.loads(RESULT.read_text())["table"] if RESULT.exists() else []
-    rows = [row for row in rows if row["script"] != path] + [{"script": path, **measure(samples)}]
-    command = "python benchmark/endurance.py SCRIPT --total-steps 1000000"
-    rows.sort(key=lambda row: row["script"])
+    rows = [row for row in rows if row["run"].split()[0] != path]
+    rows = sorted([*rows, {"run": " ".join(sys.argv[1:]), **measure(samples)}], key=str)
+    command = "python benchmark/endurance.py RUN"
     RESULT.write_text(json.dumps({"command": command, "table": rows}, indent=1))
     return status
 
