@@ -34,33 +34,30 @@ def pushed_steps(policy, expert, critics, walkers, args):
     observations, _ = walkers.reset(seed=int(torch.randint(500_000, ())))
     pushes, step = [], 0
     while not walkers.over.all():
-        phase = step % CYCLE
-        seen = torch.as_tensor(observations)
+        phase, seen = step % CYCLE, torch.as_tensor(observations)
         actions = expert.greedy(seen) if phase > LEARNER_STEPS else policy.greedy(seen)
         if phase == LEARNER_STEPS:
             samples = policy(seen).base_dist.sample()
             actions = samples.tanh()
-            push = {"observations": seen, "samples": samples}
-            push |= {"actions": actions, "expert_actions": expert.greedy(seen)}
-            began, total = torch.as_tensor(~walkers.over), torch.zeros(walkers.num_envs)
+        running = torch.as_tensor(~walkers.over)
         observations, rewards, *_ = walkers.step(actions.numpy())
-        fell = torch.as_tensor(rewards <= script.FALL)
-        if phase >= LEARNER_STEPS:
-            total += args.gamma ** (phase - LEARNER_STEPS) * torch.as_tensor(rewards).float()
+        following, rewards = torch.as_tensor(observations), torch.as_tensor(rewards).float()
+        fell = rewards <= script.FALL
+        step += 1
         if phase == LEARNER_STEPS:
-            following = torch.as_tensor(observations)
-            push |= {"rewards": torch.as_tensor(rewards).float(), "fell": fell}
+            push = {"observations": seen, "samples": samples, "actions": actions}
+            push |= {"expert_actions": expert.greedy(seen), "rewards": rewards, "fell": fell}
             push |= {"next_observations": following}
             push |= {"next_expert_actions": expert.greedy(following)}
-            ever_fell = torch.zeros_like(fell)
+            pushed, total, ever_fell = running, torch.zeros(len(seen)), torch.zeros_like(fell)
+            discount = torch.ones(len(seen))
         if phase >= LEARNER_STEPS:
-            ever_fell |= fell
-        if phase == CYCLE - 1:
-            last = torch.as_tensor(observations)
-            value = critics(last, expert.greedy(last)).mean(0)
-            total += args.gamma ** (CYCLE - LEARNER_STEPS) * ~ever_fell * value
-            pushes.append({k: v[began] for k, v in {**push, "cost_to_go": total}.items()})
-        step += 1
+            total, ever_fell = total + discount * rewards, ever_fell | fell
+            discount = torch.where(running, discount * args.gamma, discount)
+        if phase == CYCLE - 1 or (phase >= LEARNER_STEPS and walkers.over.all()):
+            value = critics(following, expert.greedy(following)).mean(0)
+            total = total + discount * ~ever_fell * value  # of who has not fallen
+            pushes.append({k: v[pushed] for k, v in {**push, "cost_to_go": total}.items()})
     return {name: torch.cat([push[name] for push in pushes]) for name in pushes[0]}
 
 

@@ -86,6 +86,38 @@ def walker_states():
     return policy, critics, batch
 
 
+class TwoWalks:
+    """Pays 1 a step; the first walker falls in step 24 (from 0), the other arrives in step 29."""
+
+    num_envs = 2
+
+    def reset(self, seed):
+        self.steps, self.over = 0, np.zeros(2, bool)
+        return np.zeros((2, 24), np.float32), {}
+
+    def step(self, actions):
+        rewards = np.where(self.over, 0.0, 1.0)
+        rewards[0] = -100.0 if self.steps == 24 else rewards[0]
+        ends = np.array([24, 29]) == self.steps
+        self.over, self.steps = self.over | ends, self.steps + 1
+        return np.zeros((2, 24), np.float32), rewards, ends, ends & False, {}
+
+
+def test_the_cost_to_go_of_a_push():
+    """Pushed in step 20; V* = 7 follows where the expert arrived, and nothing after a fall."""
+    script = bipedal_gradients.script
+    args, policy = script.parse_args([]), script.Policy(8, 0.1)
+
+    def critics(observations, actions):
+        return torch.full((2, len(observations)), 7.0)
+
+    batch = bipedal_gradients.pushed_steps(policy, policy, critics, TwoWalks(), args)
+    discounts = args.gamma ** np.arange(11)
+    exact = [discounts[:4].sum() - 100 * discounts[4], discounts[:10].sum() + 7 * discounts[10]]
+    assert np.allclose(batch["cost_to_go"], exact)
+    assert batch["rewards"].tolist() == [1, 1] and not batch["fell"].any()
+
+
 def test_estimators_that_are_right_agree(walker_states):
     """With Q* exact every estimator of AggreVaTeD's gradient has the same mean."""
     policy, critics, batch = walker_states
