@@ -75,7 +75,7 @@ def add_settings(parser):
     flag("--expert", default="weak", metavar="NAME", help=shipped)
     flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to tell its score")
     few = "to choose the best policy by; where falls are rare, few episodes choose by luck"
-    flag("--validation-episodes", type=number(int, 2, 500), default=50, help=few)
+    flag("--validation-episodes", type=number(int, 2, 500), default=100, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
     flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
     flag("--num-envs", type=number(int, 1, 10_000), default=10, help="one trajectory each")
@@ -95,7 +95,7 @@ def add_settings(parser):
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
-    flag("--policy-updates", type=number(int, 1), default=1_000, help="an iteration")
+    flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
     flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")

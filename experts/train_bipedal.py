@@ -1,16 +1,16 @@
 """Train an expert for BipedalWalker with TQC of sbx-rl, stable-baselines3's implementations in JAX.
 
-    uv run experts/train_bipedal.py --until 318 --out runs/good
+    uv run experts/train_bipedal.py --until 318 --episodes 50 --average 0.98 --out runs/good
     uv run experts/train_bipedal.py --until 318 --every 2500 --episodes 10 --out runs/weak
     uv run experts/train_bipedal.py --pick 260 285 --out runs/weak
     uv run experts/train_bipedal.py --score experts/BipedalWalker-v3_good.zip
 
-The first needs some twenty minutes on one core and gives the good expert, its last file; the second
-is the same run with more of its policies kept, of which the third names the weak one, before any
-learner has seen it; the fourth is the score that is quoted. Every
-`--every` steps the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with
-the names that stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a
-critic's quantiles become its value), and a file `data` in JSON that tells where they come from.
+The first needs some ten minutes on one core and gives the good expert, its last file; the second is
+the same run with more of its policies kept and none averaged, of which the third names the weak
+one, before any learner has seen it; the fourth is the score that is quoted. Every `--every` steps
+the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
+stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a critic's quantiles
+become its value), and a file `data` in JSON that tells where they come from.
 curve.json has the curve.
 """
 
