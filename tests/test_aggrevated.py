@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import aggrevated_bipedal as script
 
-SHIPPED = sorted((ROOT / "experts").glob("*.zip"))
+START = ROOT / "experts" / "BipedalWalkerHardcore-v3_first.zip"  # where training an expert began
+SHIPPED = sorted(set((ROOT / "experts").glob("*.zip")) - {START})
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -324,6 +325,15 @@ def test_bad_experts(name, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and word in line.replace(str(tmp_path), "") and len(line) < 500
     assert listing(tmp_path) == before
+
+
+def test_weights_to_start_from_are_no_expert(tmp_path, capsys):
+    assert START.stat().st_size < 500_000
+    argv = ["--env-id", "BipedalWalkerHardcore-v3", "--expert", str(START)]
+    assert script.main([*argv, "--out", str(tmp_path / "runs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "critics with outputs" in line and "expected two with one each" in line
+    assert not listing(tmp_path)
 
 
 def test_an_expert_for_the_other_course(tmp_path, capsys):
