@@ -7,7 +7,8 @@ goes on: the cost-to-go of that action is then known, but for its last twentieth
 in. From such actions on fixed states each estimator has its gradient. `own` is the cosine of an
 estimator's gradients from two halves of the states: 1 without noise. `Monte Carlo` is the cosine
 with the gradient of the real cost-to-go on the other half; `corrected` divides it by the root of
-both `own`, which is what noise alone leaves of it: below 1 for an estimator that is biased.
+both `own`, which is what noise alone leaves of it: below 1 for an estimator that is biased, and
+unknown where the real cost-to-go's own halves do not agree.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def gradients(policy, critics, batch, args):
 
     def score(samples, advantages):
         """Samples before tanh, whose Jacobian does not depend on the policy: (..., batch, 4)."""
-        return -(policy(states).base_dist.log_prob(samples).sum(-1) * advantages).mean()
+        centred = advantages - advantages.mean()
+        return -(policy(states).base_dist.log_prob(samples).sum(-1) * centred).mean()
 
     def fresh_actions():
         samples = policy(states).base_dist.sample((FRESH,))
@@ -115,7 +117,7 @@ def compare(policy, critics, batch, args, splits):
     noise = means[truth]["own"]
     for row in means.values():
         both = row["own"] * noise
-        row["corrected"] = row["Monte Carlo"] / both**0.5 if both > 0 else float("nan")
+        row["corrected"] = row["Monte Carlo"] / both**0.5 if both > 0 else None
     return means
 
 
@@ -147,7 +149,10 @@ def main():
     rows = compare(policy, critics, batch, args, chosen.splits)
     about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
     about |= {"expert": chosen.expert, "pushes": len(batch["rewards"])}
-    table = [{"estimator": k, **{n: f"{x:.2f}" for n, x in v.items()}} for k, v in rows.items()]
+    table = [
+        {"estimator": k, **{n: "unknown" if x is None else f"{x:.2f}" for n, x in v.items()}}
+        for k, v in rows.items()
+    ]
     print(json.dumps({**about, "table": table, "estimators": rows}, indent=1))
 
 
