@@ -116,8 +116,8 @@ def compare(policy, critics, batch, args, splits):
     means = {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
     noise = means[truth]["own"]
     for row in means.values():
-        both = row["own"] * noise
-        row["corrected"] = row["Monte Carlo"] / both**0.5 if both > 0 else None
+        known = min(row["own"], noise) > 0
+        row["corrected"] = row["Monte Carlo"] / (row["own"] * noise) ** 0.5 if known else None
     return means
 
 
