@@ -2,7 +2,7 @@
 
     python benchmark/bipedal_film.py runs/FOLDER
 
-It writes docs/figures/bipedal_walk.gif, or on the hardcore course bipedal_hardcore.gif.
+It writes docs/figures/bipedal_walk.gif.
 """
 
 import argparse
@@ -35,8 +35,7 @@ def main():
             frames.append(frame.quantize(COLOURS))
         observation, _, terminated, truncated, _ = env.step(policy.act(observation[None])[0])
         over, step = terminated or truncated, step + 1
-    name = "bipedal_hardcore" if "Hardcore" in saved["env_id"] else "bipedal_walk"
-    path = ROOT / "docs" / "figures" / f"{name}.gif"
+    path = ROOT / "docs" / "figures" / "bipedal_walk.gif"
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=1000 * EVERY // 50, loop=0
     )

@@ -198,8 +198,12 @@ def train(args):
         model.learning_starts, model.gradient_steps = 0, 0
         model.learn(WALK)
         model.gradient_steps = args.gradient_steps
-    again = {"reset_num_timesteps": not args.start, "progress_bar": sys.stderr.isatty()}
-    model.learn(args.total_steps, callback=Evaluate(), **again)
+    model.learn(
+        args.total_steps,
+        callback=Evaluate(),
+        reset_num_timesteps=not args.start,
+        progress_bar=sys.stderr.isatty(),
+    )
 
 
 def main():
