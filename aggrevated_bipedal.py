@@ -44,6 +44,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import zipfile
@@ -251,14 +252,22 @@ class Walkers:
         return self.observations.copy(), {}
 
     def step(self, actions):
-        """As a vector environment's. Raises Failed at a NaN, at which Box2D would abort."""
+        """As a vector environment's. Raises Failed at a NaN, at which Box2D would abort.
+
+        Ctrl-C waits for the end: from within Box2D it may come out as a TypeError."""
         if not np.isfinite(actions).all():
             raise Failed("an action is NaN or infinite, expected numbers in [-1, 1]")
         rewards, terminated, truncated = np.zeros((3, self.num_envs))
-        for i in np.flatnonzero(~self.over):
-            self.observations[i], rewards[i], terminated[i], truncated[i], _ = self.envs[i].step(
-                actions[i]
-            )
+        pressed = []
+        handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+        try:
+            for i in np.flatnonzero(~self.over):
+                step = self.envs[i].step(actions[i])
+                self.observations[i], rewards[i], terminated[i], truncated[i], _ = step
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
         self.over |= (terminated + truncated) > 0
         return self.observations.copy(), rewards, terminated > 0, truncated > 0, {}
 

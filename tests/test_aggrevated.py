@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import signal
 import zipfile
 
+import Box2D
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -228,6 +230,22 @@ def test_roll_ins_are_perturbed_and_daggers_are_not():
 def test_the_same_seed_rolls_the_same_trajectories():
     (_, _, one), (_, _, two) = roll(0.5), roll(0.5)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_ctrl_c_within_box2d(monkeypatch):
+    """Box2D asks Python for a vector's length, and takes what is raised there for a TypeError."""
+    walkers = script.make_envs("BipedalWalker-v3", 1)
+    walkers.reset(seed=0)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def length(vector):
+        signal.raise_signal(signal.SIGINT)
+        return 2
+
+    monkeypatch.setattr(Box2D.b2Vec2, "__len__", length)
+    with pytest.raises(KeyboardInterrupt):
+        walkers.step(np.zeros((1, 4), np.float32))
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # --- experts --------------------------------------------------------------------------------------
