@@ -25,7 +25,7 @@ by noise, and walked to the end by the expert; (5) all states so far count, the 
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "gymnasium[box2d]>=1.1,<2",
+#     "gymnasium[box2d]>=1.2.3,<2",
 #     "matplotlib>=3.8",
 #     "moviepy>=2",
 #     "numpy>=1.26",

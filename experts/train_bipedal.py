@@ -11,14 +11,13 @@ one, before any learner has seen it; the fourth is the score that is quoted. Eve
 the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
 stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a critic's quantiles
 become its value), and a file `data` in JSON that tells where they come from. The command for the
-hardcore course is in its file; `--start` takes a file whose critics still have their quantiles.
-curve.json has the curve.
+hardcore course is in its file; `--start` goes on from such a file. curve.json has the curve.
 """
 
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "gymnasium[box2d]>=1.1,<2",
+#     "gymnasium[box2d]>=1.2.3,<2",
 #     "numpy>=1.26",
 #     "sbx-rl==0.28.0",
 #     "torch==2.13.0",
@@ -48,6 +47,7 @@ SELECTION_SEEDS, SCORE_SEEDS = (
     2_000_000,
     3_000_000,
 )  # seeds of the evaluations; training's are small
+ENTROPY = torch.tensor(-5.0)  # log of its coefficient, where a run goes on from a file without it
 WALK = 100_000  # steps before the first update, where a run goes on from weights
 ACTOR = ("actor.latent_pi.0", "actor.latent_pi.2", "actor.mu", "actor.log_std")
 CRITICS = [tuple(f"critic.qf{i}.{j}" for j in (0, 2, 4)) for i in (0, 1)]
@@ -78,16 +78,21 @@ def export(model, actor_params, path, about):
 
 
 def begin_at(model, path):
-    """Give `model` the weights in a zip whose critics still have their quantiles."""
+    """Give `model` the weights in a zip; critics without quantiles get their mean for each."""
     with zipfile.ZipFile(path) as file:
         weights = torch.load(io.BytesIO(file.read("policy.pth")), weights_only=True)
 
     def tree(state, names):
-        kinds = {"kernel": "weight", "bias": "bias"}
+        layers = state.params["params"]
         return {
             "params": {
-                layer: {k: weights[f"{name}.{v}"].float().numpy().T for k, v in kinds.items()}
-                for layer, name in zip(sorted(state.params["params"]), names, strict=True)
+                layer: {
+                    kind: np.broadcast_to(
+                        weights[f"{name}.{theirs}"].float().numpy().T, layers[layer][kind].shape
+                    )
+                    for kind, theirs in (("kernel", "weight"), ("bias", "bias"))
+                }
+                for layer, name in zip(sorted(layers), names, strict=True)
             }
         }
 
@@ -97,7 +102,7 @@ def begin_at(model, path):
         state = getattr(policy, critic)
         params = tree(state, names)
         setattr(policy, critic, state.replace(params=params, target_params=params))
-    params = {"log_ent_coef": weights["log_ent_coef"].float().numpy()}
+    params = {"log_ent_coef": weights.get("log_ent_coef", ENTROPY).float().numpy()}
     model.ent_coef_state = coefficient.replace(params=params)
 
 
