@@ -67,6 +67,7 @@ from tqdm import tqdm
 TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 2
 EVAL_ENVS = 50
+LEAST_DEVIATION = 0.1  # where a number observed is standardized: at most tenfold
 FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
 
 
@@ -118,6 +119,22 @@ def relu_mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
+class Standardize(nn.Module):
+    """(x - mean) / deviation of the sample last given to `measure`: (..., size) -> (..., size)."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+
+    def measure(self, sample):
+        self.mean.copy_(sample.mean(0))
+        self.deviation.copy_(sample.std(0).clamp(min=LEAST_DEVIATION))
+
+    def forward(self, x):
+        return (x - self.mean) / self.deviation
+
+
 class Actor(nn.Module):
     """Has a `network`; the tanh of its output is the greedy action: (..., 24) -> (..., 4)."""
 
@@ -127,7 +144,7 @@ class Actor(nn.Module):
     @torch.no_grad()
     def act(self, observations):
         """The greedy actions, NumPy in and out: (batch, 24) -> (batch, 4)."""
-        device = self.network[0].weight.device
+        device = self.network[-1].weight.device
         return self.greedy(torch.as_tensor(observations, device=device)).cpu().numpy()
 
 
@@ -137,7 +154,7 @@ class Policy(Actor):
     def __init__(self, hidden, std):
         super().__init__()
         self.settings = {"hidden": hidden, "std": std}
-        self.network = relu_mlp(24, hidden, hidden, 4)
+        self.network = nn.Sequential(Standardize(24), *relu_mlp(24, hidden, hidden, 4))
 
     def forward(self, observations):
         gaussian = Normal(self.network(observations), self.settings["std"], validate_args=False)
@@ -150,9 +167,10 @@ class Critics(nn.Module):
     def __init__(self, networks):
         super().__init__()
         self.networks = nn.ModuleList(networks)
+        self.standardize = Standardize(self.networks[0][0].in_features)
 
     def forward(self, observations, actions):
-        pairs = torch.cat([observations, actions], -1)
+        pairs = self.standardize(torch.cat([observations, actions], -1))
         return torch.stack([network(pairs).squeeze(-1) for network in self.networks])
 
 
@@ -451,6 +469,13 @@ def train(args):
         alpha = max(0.0, 1 - run.count["updates"] / args.mixing)
         envs = make_envs(args.env_id, args.num_envs)
         batch = roll_in(envs, policy, expert, alpha, args)
+        if run.count["updates"] == 0:  # the expert alone walked
+            policy.network[0].measure(batch["observations"])
+            if args.refit_critic:
+                critics.standardize.measure(
+                    torch.cat([batch["observations"], batch["actions"]], -1)
+                )
+                target.module.load_state_dict(critics.state_dict())
         transitions.add(batch)
         run.count["env_steps"] += len(batch["rewards"])
         run.count["updates"] += 1

@@ -11,7 +11,7 @@ one, before any learner has seen it; the fourth is the score that is quoted. Eve
 the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
 stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a critic's quantiles
 become its value), and a file `data` in JSON that tells where they come from. The command for the
-hardcore course is in its file; `--start` goes on from such a file. curve.json has the curve.
+hardcore course, an hour on one core, is in its file. curve.json has the curve.
 """
 
 # /// script
@@ -47,8 +47,6 @@ SELECTION_SEEDS, SCORE_SEEDS = (
     2_000_000,
     3_000_000,
 )  # seeds of the evaluations; training's are small
-ENTROPY = torch.tensor(-5.0)  # log of its coefficient, where a run goes on from a file without it
-WALK = 100_000  # steps before the first update, where a run goes on from weights
 ACTOR = ("actor.latent_pi.0", "actor.latent_pi.2", "actor.mu", "actor.log_std")
 CRITICS = [tuple(f"critic.qf{i}.{j}" for j in (0, 2, 4)) for i in (0, 1)]
 
@@ -75,35 +73,6 @@ def export(model, actor_params, path, about):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("policy.pth", memory.getvalue())
         file.writestr("data", json.dumps(about, indent=1))
-
-
-def begin_at(model, path):
-    """Give `model` the weights in a zip; critics without quantiles get their mean for each."""
-    with zipfile.ZipFile(path) as file:
-        weights = torch.load(io.BytesIO(file.read("policy.pth")), weights_only=True)
-
-    def tree(state, names):
-        layers = state.params["params"]
-        return {
-            "params": {
-                layer: {
-                    kind: np.broadcast_to(
-                        weights[f"{name}.{theirs}"].float().numpy().T, layers[layer][kind].shape
-                    )
-                    for kind, theirs in (("kernel", "weight"), ("bias", "bias"))
-                }
-                for layer, name in zip(sorted(layers), names, strict=True)
-            }
-        }
-
-    policy, coefficient = model.policy, model.ent_coef_state
-    policy.actor_state = policy.actor_state.replace(params=tree(policy.actor_state, ACTOR))
-    for critic, names in zip(("qf1_state", "qf2_state"), CRITICS):
-        state = getattr(policy, critic)
-        params = tree(state, names)
-        setattr(policy, critic, state.replace(params=params, target_params=params))
-    params = {"log_ent_coef": weights.get("log_ent_coef", ENTROPY).float().numpy()}
-    model.ent_coef_state = coefficient.replace(params=params)
 
 
 def actor_of(path):
@@ -198,15 +167,9 @@ def train(args):
         policy_kwargs={"net_arch": [args.hidden] * 2, "n_critics": 2, "n_quantiles": 12},
         seed=args.seed,
     )
-    if args.start:
-        begin_at(model, args.start)
-        model.learning_starts, model.gradient_steps = 0, 0
-        model.learn(WALK)
-        model.gradient_steps = args.gradient_steps
     model.learn(
         args.total_steps,
         callback=Evaluate(),
-        reset_num_timesteps=not args.start,
         progress_bar=sys.stderr.isatty(),
     )
 
@@ -231,7 +194,6 @@ def main():
     flag("--decay", action="store_true", help="let the step size fall linearly to a tenth")
     flag("--average", type=float, default=0.0, help="share of its average an actor keeps an update")
     flag("--fall-penalty", type=float, default=100.0, help="less than 100: a fall costs that")
-    flag("--start", type=Path, help="a zip of weights to go on from, in place of random ones")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")
     flag("--score", type=Path, help="evaluate this file on fresh seeds and stop")
