@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from aggrevated_bipedal import Policy  # noqa: E402
 
-SEED, COLOURS = 200_000_000, 32  # a seed apart; what keeps the file small
+COLOURS = 32  # few keep the file small
 FILMS = {  # the file, every how many steps there is a frame, and how many at most
     "BipedalWalker-v3": ("bipedal_walk", 4, 120),
     "BipedalWalkerHardcore-v3": ("bipedal_hardcore", 6, 240),
@@ -28,12 +28,14 @@ FILMS = {  # the file, every how many steps there is a frame, and how many at mo
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    saved = torch.load(parser.parse_args().folder / "policy.pt", weights_only=True)
+    parser.add_argument("--seed", type=int, default=200_000_000, help="of the course")
+    args = parser.parse_args()
+    saved = torch.load(args.folder / "policy.pt", weights_only=True)
     policy = Policy(**saved["network"])
     policy.load_state_dict(saved["weights"])
     name, every, most = FILMS[saved["env_id"]]
     env = gymnasium.make(saved["env_id"], render_mode="rgb_array")
-    (observation, _), frames, over, step = env.reset(seed=SEED), [], False, 0
+    (observation, _), frames, over, step = env.reset(seed=args.seed), [], False, 0
     while not over and len(frames) < most:
         if step % every == 0:
             frame = Image.fromarray(env.render()).resize((360, 240))

@@ -270,12 +270,15 @@ def test_interrupted(script, tmp_path, quick, capsys, long_walks):
         demos = ("--expert", falling_expert(tmp_path / "expert.zip"))
     argv = script.argv(folder, *demos, budget=10**9)
     process, until = script.start(argv, tmp_path), time.monotonic() + 180
-    while not (folder / "checkpoint.pt").exists() or done(script, folder) == 0:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=180)
+    try:
+        while not (folder / "checkpoint.pt").exists() or done(script, folder) == 0:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=180)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     python, name, *argv = errors.split("go on with: ")[1].split()
