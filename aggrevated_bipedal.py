@@ -100,6 +100,8 @@ def add_settings(parser):
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
+    standard = "by the expert's first trajectories, for policy and critics: learns faster"
+    flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
     flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
     caution = "how many deviations of the critics to take off their mean"
@@ -469,12 +471,11 @@ def train(args):
         alpha = max(0.0, 1 - run.count["updates"] / args.mixing)
         envs = make_envs(args.env_id, args.num_envs)
         batch = roll_in(envs, policy, expert, alpha, args)
-        if run.count["updates"] == 0:  # the expert alone walked
+        if args.standardize and run.count["updates"] == 0:  # the expert alone walked
             policy.network[0].measure(batch["observations"])
             if args.refit_critic:
-                critics.standardize.measure(
-                    torch.cat([batch["observations"], batch["actions"]], -1)
-                )
+                pairs = torch.cat([batch["observations"], batch["actions"]], -1)
+                critics.standardize.measure(pairs)
                 target.module.load_state_dict(critics.state_dict())
         transitions.add(batch)
         run.count["env_steps"] += len(batch["rewards"])

@@ -174,6 +174,25 @@ def settings(**changes):
     return args
 
 
+@pytest.mark.parametrize("flag", ["--standardize", "--no-standardize"])
+def test_what_is_standardized(flag, tmp_path):
+    """By the states of the first iteration, which a checkpoint holds, and critics with actions."""
+    expert = str(falling_expert(tmp_path / "expert.zip"))
+    argv = ["--expert", expert, "--iterations", "1", "--num-envs", "2", flag, "--no-progress"]
+    argv += ["--policy-updates", "3", "--critic-updates", "3", "--validation-episodes", "2"]
+    argv += ["--eval-episodes", "2", "--expert-episodes", "5", "--noise", "0.5"]
+    assert script.main([*argv, "--out", str(tmp_path), "--run-name", "run"]) == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    observations, actions = (saved["transitions"][name] for name in ("observations", "actions"))
+    pairs = torch.cat([observations, actions], -1)
+    if flag == "--no-standardize":
+        observations, pairs = torch.zeros(2, 24), torch.zeros(2, 28)
+    assert torch.equal(saved["policy"]["network.0.mean"], observations.mean(0))
+    assert torch.equal(saved["critics"]["standardize.mean"], pairs.mean(0))
+    assert torch.equal(saved["target"]["module.standardize.mean"], pairs.mean(0))
+    assert saved["policy"]["network.0.deviation"].min() >= script.LEAST_DEVIATION
+
+
 def test_a_walker_that_has_ended_rests():
     envs = script.make_envs("BipedalWalker-v3", 2)
     observations, _ = envs.reset(seed=3)
