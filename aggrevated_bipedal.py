@@ -100,7 +100,7 @@ def add_settings(parser):
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
-    standard = "by the expert's first trajectories, for policy and critics: learns faster"
+    standard = "the networks' inputs, by the expert's first trajectories: for one hard to fit"
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
     flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")

@@ -167,11 +167,7 @@ def train(args):
         policy_kwargs={"net_arch": [args.hidden] * 2, "n_critics": 2, "n_quantiles": 12},
         seed=args.seed,
     )
-    model.learn(
-        args.total_steps,
-        callback=Evaluate(),
-        progress_bar=sys.stderr.isatty(),
-    )
+    model.learn(args.total_steps, callback=Evaluate(), progress_bar=sys.stderr.isatty())
 
 
 def main():
