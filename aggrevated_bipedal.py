@@ -1,11 +1,11 @@
 """AggreVaTeD on BipedalWalker: learn to walk from an expert that can be asked, and pass it.
 
-AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) follows the gradient
-of the expert's cost-to-go in the states that the learner visits:
+AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner in
+the states that it visits by the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: each trajectory by the expert with probability alpha, else by the learner, up to a
-       random time; from there the expert walks to the end, so that its cost-to-go is seen,
+       random time; from there the expert walks to the end, to show what its actions lead to,
     2. fit Q*, the value of an action if the expert goes on after it, to all transitions so far,
-    3. improve the learner's own actions in the visited states by A*(s, a) = Q*(s, a) - V*(s),
+    3. raise A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algorithm dagger`.
 
@@ -16,10 +16,11 @@ DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algo
 docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
 
 Deviations from the paper: (1) the gradient is taken through Q* (reparameterised), where the paper
-has the score function, by many steps of Adam an iteration; (2) the learner is held near the
-expert's action, and A* counts by 1 - alpha; (3) Q* is discounted and a network, trained on in each
-iteration, and of several such the mean minus the spread counts; (4) roll-ins are greedy, perturbed
-by noise, and walked to the end by the expert; (5) all states so far count, the expert's among them.
+has the score function, by many steps of Adam an iteration, where it has one, natural or online;
+(2) the learner is held near the expert's action, and A* counts by 1 - alpha; (3) Q* is a network,
+discounted, not of the time, and 0 after a fall only; of several the mean minus the spread counts, a
+lower bound; (4) roll-ins are greedy, perturbed by noise, and walked to the end by the expert; (5)
+all states so far count, the expert's among them.
 """
 
 # /// script
@@ -91,7 +92,7 @@ def add_settings(parser):
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
     flag("--critics", type=number(int, 2), default=2, help="networks; their spread is doubt")
-    flag("--critic-hidden", type=number(int, 1), default=128, help="their hidden layers' width")
+    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="hidden layers' width")
     flag("--critic-updates", type=number(int, 0), default=1_000, help="an iteration")
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
@@ -102,7 +103,7 @@ def add_settings(parser):
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
     standard = "the networks' inputs, by the expert's first trajectories: for one hard to fit"
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
-    flag("--hidden", type=number(int, 1), default=128, help="width of the two hidden layers")
+    flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
     caution = "how many deviations of the critics to take off their mean"
     flag("--caution", type=number(float, 0), default=0.5, help=caution)
@@ -275,6 +276,10 @@ class Walkers:
         """As a vector environment's. Raises Failed at a NaN, at which Box2D would abort.
 
         Ctrl-C waits for the end: from within Box2D it may come out as a TypeError."""
+        if actions.shape != (len(self.envs), *self.action_space.shape[1:]):
+            raise Failed(
+                f"actions {actions.shape} of {len(self.envs)} open walkers, expected 4 each"
+            )
         if not np.isfinite(actions).all():
             raise Failed("an action is NaN or infinite, expected numbers in [-1, 1]")
         rewards, terminated, truncated = np.zeros((3, self.num_envs))
@@ -292,8 +297,8 @@ class Walkers:
         return self.observations.copy(), rewards, terminated > 0, truncated > 0, {}
 
     def close(self):
-        for env in self.envs:
-            env.close()
+        while self.envs:
+            self.envs.pop().close()
 
 
 def make_envs(env_id, num_envs):
@@ -316,6 +321,8 @@ def make_expert(args):
         check(not about.get("use_sde"), "uses gSDE, expected a plain SAC or TD3")
         activation = str(dict(about.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'"))
         check(".ReLU'" in activation, f"layers with {activation}, expected ReLU")
+        critics = {name.split(".")[1] for name in weights if name.startswith("critic.")}
+        check(critics == {"qf0", "qf1"}, f"critics {sorted(critics)}, expected ['qf0', 'qf1']")
         expert = Expert(weights)
         check_finite(expert.state_dict())
         observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
@@ -501,7 +508,7 @@ def train(args):
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 MAY_CHANGE = (  # beside --resume
     *(BUDGET, "resume", "eval_episodes", "capture_video", "render"),
     *("out", "device", "num_threads", "no_progress"),
@@ -884,6 +891,10 @@ def evaluate_file(args):
         saved = torch.load(path, weights_only=True, map_location=args.device)
         check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
         check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        with torch.device("meta"):  # no memory for sizes that are only declared
+            shapes = {k: x.shape for k, x in Policy(**saved["network"]).state_dict().items()}
+        fit = shapes == {k: x.shape for k, x in saved["weights"].items()}
+        check(fit, f"weights of other sizes, expected those of {saved['network']}")
         policy = Policy(**saved["network"]).to(args.device)
         policy.load_state_dict(saved["weights"])
         check_finite(saved["weights"])

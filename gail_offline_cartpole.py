@@ -77,7 +77,7 @@ def add_settings(parser):
     flag("--policy-lr", type=number(float, 0), default=1e-2, help="step size of Adam")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each of the discriminator's")
-    flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
+    flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
 
 
 # --- networks and mathematics ---------------------------------------------------------------------
@@ -145,7 +145,7 @@ def make_envs(env_id, num_envs):
 
 
 def make_expert(args):
-    """Train stable-baselines3's PPO or DQN with its zoo's settings; returns the greedy policy."""
+    """CHANGE ME: the expert; stable-baselines3's PPO or DQN with its zoo's settings, greedy."""
     from stable_baselines3 import DQN, PPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -228,7 +228,7 @@ def train(args):
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
 MAY_CHANGE = (  # beside --resume
     *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
@@ -353,12 +353,11 @@ def read_demos(path, env_id):
     """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
     members = zipfile.ZipFile(path).infolist()
     check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = dict(archive)
     needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
-    check(
-        needed <= arrays.keys(), f"no {sorted(needed - arrays.keys())}, expected {sorted(needed)}"
-    )
+    with np.load(path, allow_pickle=False) as archive:
+        missing = sorted(needed - set(archive))
+        check(not missing, f"no {missing}, expected {sorted(needed)}")
+        arrays = {name: archive[name] for name in set(archive) & {*needed, "rewards"}}
     recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
     check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
     env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
@@ -691,6 +690,10 @@ def evaluate_file(args):
         saved = torch.load(path, weights_only=True, map_location=args.device)
         check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
         check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        with torch.device("meta"):  # no memory for sizes that are only declared
+            shapes = {k: x.shape for k, x in Policy(**saved["network"]).state_dict().items()}
+        fit = shapes == {k: x.shape for k, x in saved["weights"].items()}
+        check(fit, f"weights of other sizes, expected those of {saved['network']}")
         policy = Policy(**saved["network"]).to(args.device)
         policy.load_state_dict(saved["weights"])
         check_finite(saved["weights"])

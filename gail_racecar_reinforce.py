@@ -91,7 +91,7 @@ def add_settings(parser):
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
     flag("--policy-lr", type=number(float, 0), default=4e-4, help="step size of Adam")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
-    flag("--hidden", type=number(int, 1), default=64, help="width of the two hidden layers")
+    flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.95, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
     flag(
@@ -346,7 +346,7 @@ def rollout(cars, policy, num_steps, device):
 
 
 def make_expert(args):
-    """The waypoint controller, at throttle 0.5, with noise of 0.1 on both actions."""
+    """CHANGE ME: the expert; the waypoint controller, noise of 0.1 on both actions."""
     controller, random = WaypointController(0.5), np.random.default_rng(0)
 
     def act(observations):
@@ -521,7 +521,7 @@ def train(args):
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here; training's lie below
+EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
 MAY_CHANGE = (  # beside --resume
     *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
@@ -646,12 +646,11 @@ def read_demos(path, env_id):
     """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
     members = zipfile.ZipFile(path).infolist()
     check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = dict(archive)
     needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
-    check(
-        needed <= arrays.keys(), f"no {sorted(needed - arrays.keys())}, expected {sorted(needed)}"
-    )
+    with np.load(path, allow_pickle=False) as archive:
+        missing = sorted(needed - set(archive))
+        check(not missing, f"no {missing}, expected {sorted(needed)}")
+        arrays = {name: archive[name] for name in set(archive) & {*needed, "rewards"}}
     recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
     check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
     env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
@@ -984,6 +983,10 @@ def evaluate_file(args):
         saved = torch.load(path, weights_only=True, map_location=args.device)
         check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
         check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+        with torch.device("meta"):  # no memory for sizes that are only declared
+            shapes = {k: x.shape for k, x in Policy(**saved["network"]).state_dict().items()}
+        fit = shapes == {k: x.shape for k, x in saved["weights"].items()}
+        check(fit, f"weights of other sizes, expected those of {saved['network']}")
         policy = Policy(**saved["network"]).to(args.device)
         policy.load_state_dict(saved["weights"])
         check_finite(saved["weights"])

@@ -15,6 +15,7 @@ goes on from its checkpoint; otherwise it begins again, and the run folders stay
 """
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 TRIES = 3  # of a run that dies, each from its last checkpoint
+NOT_KEPT = ("out", "run_name", "resume")  # of a run's settings
 NOT_SENT = [".git", ".venv*", "runs", "docs", "benchmark/results", "**/__pycache__"]  # to Ray
 
 
@@ -107,13 +109,30 @@ def on_ray(runs, out):
 
 def tabulate(run, summary):
     """What a result keeps of a run's summary."""
-    for name in ("out", "run_name", "resume"):
+    for name in NOT_KEPT:
         del summary["args"][name]
+    changed = differences(run["command"], summary["args"])
+    if changed:
+        was = f"{run['run_name']} was run with other settings: {', '.join(changed)}"
+        raise SystemExit(f"{was}; remove its folder to run it again")
     kept = ("env_steps", "updates", "wall_seconds", "return_mean", "success_rate")
     kept += ("length_mean", "accuracy/held_out")
     summary["curve"] = [{k: p[k] for k in kept if k in p} for p in summary["curve"]]
     command = shlex.join(["python", *run["command"]])
     return {"variant": run["variant"], "seed": run["seed"], "command": command, **summary}
+
+
+def differences(command, args, root=ROOT):
+    """The settings in which `args`, those of a run, are not what this command line asks for."""
+    first = next(i for i, word in enumerate(command) if word.startswith("-"))
+    path = root / command[first - 1]
+    sys.path[:0] = [str(root), str(path.parent)]
+    asked, default = (
+        vars(importlib.import_module(path.stem).parse_args(flags))
+        for flags in (command[first:], [])
+    )
+    known = {name: args.get(name, default[name]) for name in asked if name not in NOT_KEPT}
+    return [k for k, value in known.items() if asked[k] is not None and asked[k] != value]
 
 
 def main():

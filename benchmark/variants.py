@@ -159,6 +159,20 @@ def learner_rolls_in(script):
     script.roll_in = lambda envs, policy, expert, _, args: roll_in(envs, policy, expert, 0.0, args)
 
 
+def plain_discriminator(script):
+    """Offline GAIL's discriminator without -log pi: its logit is the network's output."""
+    script.discriminator_logits = lambda network, observations, log_probs: network(observations)
+
+
+def plain_gradient(script):
+    """Offline GAIL's policy gradient as it is, with each action's probability as a factor."""
+
+    def loss(log_probs, rewards):
+        return -(log_probs.exp() * rewards).sum(-1).mean()
+
+    script.natural_policy_loss = loss
+
+
 def states_only(script):
     """D sees the states of CartPole and not the actions."""
     make_pairs = script.make_pairs
@@ -215,6 +229,7 @@ VARIANTS = {
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
         *(biases_near_0, states_only, next_states, linear_policy),
+        *(plain_discriminator, plain_gradient),
         *(no_advantage, score_function, natural_gradient, min_max_weights),
         *(expert_rolls_in, learner_rolls_in),
     )

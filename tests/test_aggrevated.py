@@ -1,5 +1,6 @@
 """AggreVaTeD's mathematics against their definitions, its expert's files, and its walkers."""
 
+import base64
 import io
 import json
 import pickle
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, falling_expert
-from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3 import DDPG, PPO, SAC, TD3
 from test_bad_input import Payload, listing
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -204,6 +205,23 @@ def test_a_walker_that_has_ended_rests():
     envs.close()
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3, 4), (8,), (2,)])
+def test_actions_of_another_shape(shape):
+    envs = script.make_envs("BipedalWalker-v3", 2)
+    envs.reset(seed=3)
+    with pytest.raises(script.Failed, match="of 2 open walkers"):
+        envs.step(np.zeros(shape, np.float32))
+    envs.close()
+
+
+def test_walkers_that_are_closed():
+    envs = script.make_envs("BipedalWalker-v3", 2)
+    envs.reset(seed=3)
+    envs.close()
+    with pytest.raises(script.Failed, match="of 0 open walkers"):
+        envs.step(np.zeros((2, 4), np.float32))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_actions_never_reach_box2d(value):
     envs = script.make_envs("BipedalWalker-v3", 2)
@@ -359,6 +377,11 @@ BAD = {
         ),
         "critics",
     ),
+    "three critics": (
+        lambda p: other(SAC, "BipedalWalker-v3", p, policy_kwargs={"n_critics": 3}),
+        "expected ['qf0', 'qf1']",
+    ),
+    "one critic": (lambda p: other(DDPG, "BipedalWalker-v3", p), "expected ['qf0', 'qf1']"),
     "another task": (lambda p: replaced(p, data=b'{"env_id": "Hopper-v5"}'), "Hopper-v5"),
     "NaN": (lambda p: replaced(p, **{"policy.pth": changed_weights(put_nan)}), "NaN"),
     "critics with quantiles": (
@@ -387,6 +410,16 @@ def test_bad_experts(name, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and word in line.replace(str(tmp_path), "") and len(line) < 500
     assert listing(tmp_path) == before
+
+
+def test_objects_beside_the_weights_are_left_alone(tmp_path):
+    """stable-baselines3's `load` unpickles what its settings hold in base64."""
+    payload = base64.b64encode(pickle.dumps(Payload(tmp_path / "canary"))).decode()
+    about = {"lr_schedule": {":type:": "<class 'function'>", ":serialized:": payload}}
+    path = tmp_path / "expert.zip"
+    replaced(path, data=json.dumps(about).encode())
+    script.make_expert(settings(expert=str(path)))
+    assert not (tmp_path / "canary").exists()
 
 
 def test_an_expert_for_the_other_course(tmp_path, capsys):

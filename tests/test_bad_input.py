@@ -164,7 +164,14 @@ def test_bad_demonstrations(watcher, script, name, tmp_path, refused):
     refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path, word)
 
 
-@pytest.mark.parametrize("name", [*GOOD, "something else"])
+def test_what_is_not_asked_for_is_not_read(watcher, script, tmp_path):
+    objects = np.array([Payload(tmp_path / "canary")] * 15, object)
+    path = save(tmp_path / "demos.npz", script.task, **{"something else": objects})
+    episodes = script.module.read_demos(path, script.task.env_id)
+    assert len(episodes) == 3 and not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", GOOD)
 def test_demonstrations_that_hold_objects(watcher, script, name, tmp_path, refused):
     objects = np.array([Payload(tmp_path / "canary")] * 15, object)
     path = save(tmp_path / "demos.npz", script.task, **{name: objects})
@@ -315,10 +322,11 @@ def test_damaged_policy(damage, folder, refused):
         ({"script": "another"}, "another"),
         ({"script": None}, "script"),
         ({"weights": None}, "weights"),
-        ({"weights": {}}, "network"),
-        ({"network": {"hidden": 9}}, "network"),
+        ({"weights": {}}, "other sizes"),
+        ({"network": {"hidden": 9}}, "other sizes"),
         ({"network": {"hidden": "many"}}, ""),
         ({"network": {"hidden": -1}}, ""),
+        ({"network": {"hidden": 10**6}}, "other sizes"),
         ({"network": {"depth": 2}}, "depth"),
         ({"env_id": "Acrobot-v1"}, "Acrobot-v1"),
         ({"env_id": 5}, ""),

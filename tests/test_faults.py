@@ -274,7 +274,22 @@ def damage(data, rng):
     return bytes(data)
 
 
-VALUES = [None, True, -1, 2**62, 0.5, float("nan"), "x", "x" * 10_000, b"x", [], {}, [[]], {"x": 1}]
+VALUES = [
+    None,
+    True,
+    -1,
+    30_000,
+    2**62,
+    0.5,
+    float("nan"),
+    "x",
+    "x" * 10_000,
+    b"x",
+    [],
+    {},
+    [[]],
+    {"x": 1},
+]
 VALUES += [torch.tensor(float("nan")), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int8)]
 VALUES += [torch.zeros(1).expand(10**7)]
 
