@@ -87,7 +87,8 @@ def variant_line(runs):
     floors = [run["expert"]["occupancy_distance"] for run in runs if run["expert"]]
     if None not in distances + floors:
         floor = f" ({np.mean(floors):.3f})" if floors else ""
-        line["occupancy distance (expert's own)"] = f"{np.mean(distances):.3f}{floor}"
+        both = f"{np.mean(distances):.3f}, {np.median(distances):.3f}"
+        line["occupancy distance: mean, median (expert's own)"] = both + floor
     if key == "success_rate":
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
         line["episode's length by the expert's"] = median(laps, ".2f")
@@ -140,9 +141,10 @@ def side_by_side(names, folder):
             values = unit * np.array([run["learner"][key] for run in runs])
             line[variant] = f"{values.mean():.1f} ± {values.std():.1f}"
         every = load(name)["runs"]
-        line["steps to solved"] = "none"
+        line |= {"steps to solved": "none", "steps used": "none"}
         if any(run["env_steps"] for run in every):
             line["steps to solved"] = median([run["solved_at_env_steps"] for run in every])
+            line["steps used"] = median([run["env_steps"] for run in every])
         cells.append(line)
     rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(line.values()) for line in cells)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)

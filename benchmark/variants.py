@@ -147,6 +147,32 @@ def min_max_weights(script):
     script.improve = improve
 
 
+def executed_actions(script):
+    """The authors' code: log pi of the actions that were taken, by r + gamma V*(s') - V*(s)."""
+
+    def improve(policy, critics, optimizer, transitions, weight, args):
+        columns = transitions.columns
+        with torch.no_grad():
+            values = critics(columns["observations"], columns["expert_actions"]).mean(0)
+            following = critics(columns["next_observations"], columns["next_expert_actions"])
+            following = args.gamma * ~columns["fell"] * following.mean(0)
+            advantages = columns["rewards"] + following - values
+        before_the_switch = (~columns["tail"]).nonzero()[:, 0]
+        total = torch.zeros(())
+        for _ in range(args.policy_updates):
+            rows = before_the_switch[torch.randint(len(before_the_switch), (args.batch_size,))]
+            observations = columns["observations"][rows]
+            taken = columns["actions"][rows].clamp(-0.999, 0.999)
+            scores = policy(observations).log_prob(taken).sum(-1) * advantages[rows]
+            distances = script.dagger_loss(policy, observations, columns["expert_actions"][rows])
+            loss = args.anchor * distances - weight * scores.mean()
+            script.descend(optimizer, loss)
+            total += loss.detach()
+        return {"losses/policy": float(total) / args.policy_updates}
+
+    script.improve = improve
+
+
 def expert_rolls_in(script):
     """Every trajectory of AggreVaTeD is the expert's own, with noise."""
     roll_in = script.roll_in
@@ -230,7 +256,7 @@ VARIANTS = {
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
         *(biases_near_0, states_only, next_states, linear_policy),
         *(plain_discriminator, plain_gradient),
-        *(no_advantage, score_function, natural_gradient, min_max_weights),
+        *(no_advantage, score_function, natural_gradient, min_max_weights, executed_actions),
         *(expert_rolls_in, learner_rolls_in),
     )
 }

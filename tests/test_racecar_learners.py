@@ -208,6 +208,30 @@ def test_what_follows_an_end(learner, module, flags, tmp_path, monkeypatch, quic
     assert torch.equal(same, ~done[:-1])
 
 
+def test_the_ratio_is_1_before_the_first_update_of_an_iteration(tmp_path, monkeypatch, quick):
+    """The actions of its log-probabilities are the Gaussian's, not those clipped to the box."""
+    script = importlib.import_module("gail_racecar_ppo")
+    case = next(case for case in LEARNERS if case.module is script)
+    ppo_loss, rollout, ratios, samples = script.ppo_loss, script.rollout, [], []
+
+    def spy(log_probs, old_log_probs, *args):
+        ratios.append((log_probs - old_log_probs).detach().exp())
+        return ppo_loss(log_probs, old_log_probs, *args)
+
+    def watched(*args):
+        result = rollout(*args)
+        samples.append(result[0]["actions"])
+        return result
+
+    monkeypatch.setattr(script, "ppo_loss", spy)
+    monkeypatch.setattr(script, "rollout", watched)
+    monkeypatch.setattr(script, "STD", 1.0)
+    assert script.main(case.argv(tmp_path / "run")) == 0
+    assert torch.allclose(ratios[0], torch.ones(()), atol=1e-5)
+    assert not torch.allclose(ratios[-1], torch.ones(()), atol=1e-5)
+    assert (samples[0].abs() > 1).any()  # what a box would have clipped
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
