@@ -69,20 +69,8 @@ METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
 RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a shorter horizon
-    "ppo": {
-        "total_steps": 100_000,
-        "num_envs": 16,
-        "num_steps": 64,
-        "policy_lr": 3e-3,
-        "gamma": 0.99,
-    },
-    "reinforce": {
-        "total_steps": 500_000,
-        "num_envs": 8,
-        "num_steps": 125,
-        "policy_lr": 1e-2,
-        "gamma": 0.97,
-    },
+    "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
+    "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
 }
 FINAL_LR = 0.02  # the share of the learning rates that is left at the end of the default budget
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
@@ -556,16 +544,10 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
-    flag(
-        "--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new expert's)"
-    )
+    flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag(
-        "--num-pairs", type=number(int, 1), help="keep so many random pairs of each (default: all)"
-    )
-    flag(
-        "--record-demos", metavar="FILE", help="train an expert, write its episodes there and stop"
-    )
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each to keep (default: all)")
+    flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")

@@ -269,16 +269,10 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
-    flag(
-        "--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new expert's)"
-    )
+    flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag(
-        "--num-pairs", type=number(int, 1), help="keep so many random pairs of each (default: all)"
-    )
-    flag(
-        "--record-demos", metavar="FILE", help="train an expert, write its episodes there and stop"
-    )
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each to keep (default: all)")
+    flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
