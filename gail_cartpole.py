@@ -17,8 +17,8 @@ expert, 1 like a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 otherwise learns one demonstration by heart; (3) twenty steps of D a rollout, half of its pairs from
-a memory of earlier policies; (4) the entropy bonus stands beside the normalised advantages; (5) a
-choice of reward forms; the paper's is `gail`.
+a memory of earlier policies; (4) the entropy bonus stands beside the normalised advantages; (5) an
+average of the policies is kept, not the last; (6) a choice of reward forms; the paper's is `gail`.
 """
 
 # /// script
@@ -61,6 +61,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -235,6 +236,13 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip):
 def reinforce_loss(log_probs, advantages):
     """Its gradient is minus the policy gradient (Williams 1992, a baseline): (batch,) -> ()."""
     return -(log_probs * advantages).mean()
+
+
+def recent_average(average, weights, number):
+    """The mean of all weights so far, the k-th counted k times, where `number` came before.
+
+    Noisy steps lead it nearer to the goal than the last ones (Lacoste-Julien et al. 2012)."""
+    return average + 2 / (number + 2) * (weights - average)
 
 
 def behavioural_cloning_loss(policy, observations, actions):
@@ -423,11 +431,13 @@ def train(args):
     discriminator_optimizer = torch.optim.Adam(
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
+    average = AveragedModel(policy, avg_fn=recent_average)
     memory = Memory(expert_pairs[:0])
     cartpoles = CartPoles(args.env_id, args.num_envs)
     cartpoles.reset(args.seed)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    networks = {"policy": policy, "critic": critic, "discriminator": discriminator}
+    networks = {"policy": policy, "average": average, "critic": critic}
+    networks["discriminator"] = discriminator
     run.start(**networks, **optimizers, cartpoles=cartpoles, memory=memory)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
@@ -480,6 +490,7 @@ def train(args):
             )
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
+        average.update_parameters(policy)
 
         scalars = {
             **losses,
@@ -491,8 +502,8 @@ def train(args):
         if returns:  # CartPole's return is its length
             mean = float(np.mean(returns))
             scalars |= {"charts/episodic_return": mean, "charts/episodic_length": mean}
-        run.record(scalars, policy)
-    return run.finish(policy, diagnose(run.curve[-1]))
+        run.record(scalars, average.module)
+    return run.finish(average.module, diagnose(run.curve[-1]))
 
 
 # ==================================================================================================

@@ -239,6 +239,11 @@ def cartpole_step(observations, actions):
     return torch.stack(after, -1)
 
 
+def last_policy(script):
+    """What is evaluated and kept is the policy itself, not an average."""
+    script.recent_average = lambda average, weights, number: weights
+
+
 def linear_policy(script):
     """What GAIL trains is a linear policy: ten numbers."""
 
@@ -254,7 +259,7 @@ VARIANTS = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
-        *(biases_near_0, states_only, next_states, linear_policy),
+        *(biases_near_0, states_only, next_states, linear_policy, last_policy),
         *(plain_discriminator, plain_gradient),
         *(no_advantage, score_function, natural_gradient, min_max_weights, executed_actions),
         *(expert_rolls_in, learner_rolls_in),
