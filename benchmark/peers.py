@@ -5,8 +5,9 @@
 
 For each seed the script runs first and the library directly after it, one process at a time with
 one thread. Both learn from the pairs that the script draws for that seed; both are evaluated over
-100 greedy episodes, and no evaluation is counted in the seconds. The result goes into
-benchmark/results/peers_cartpole.json.
+100 greedy episodes, and no evaluation is counted in the seconds. GAIL by REINFORCE has no
+counterpart there, and stands beside the library's GAIL. The results go into
+benchmark/results/peers_*.json, with the versions and the lines of what is imported for GAIL.
 """
 
 import argparse
@@ -25,11 +26,19 @@ sys.path.insert(0, str(ROOT))
 
 import bc_cartpole  # noqa: E402
 
-RESULT = ROOT / "benchmark" / "results" / "peers_cartpole.json"
+RESULTS = ROOT / "benchmark" / "results"
 SIZES = {
     "30 pairs": ["--num-pairs", "30"],
     **{size: ["--num-demos", size] for size in ("1", "4", "7", "10")},
 }
+REINFORCE = ["--num-demos", "1", "--policy-gradient", "reinforce"]
+LOADED = """
+import json, sys
+import imitation.algorithms.adversarial.gail
+files = {module.__file__ for name, module in sys.modules.items() if name.startswith("imitation")}
+lines = [len(open(file).read().splitlines()) for file in files]
+print(json.dumps({"files": len(lines), "lines": sum(lines)}))
+"""
 
 
 def execute(command):
@@ -84,7 +93,17 @@ def theirs(python, algorithm, flags, seed, out):
         "seconds": found.get("wall_seconds", found.get("train_seconds")),
         "solved_at_env_steps": found.get("solved_at_env_steps"),
         "solved_at_seconds": found.get("solved_at_seconds"),
+        "versions": found["versions"],
     }
+
+
+def lines(python):
+    """What has to be opened to read all of GAIL: here, and in the library without what it uses."""
+    found = subprocess.run([python, "-c", LOADED], check=True, capture_output=True, text=True)
+    text = (ROOT / "gail_cartpole.py").read_text()
+    algorithm = text[: text.index("# The harness: ")].count("\n") - 1
+    here = {"files": 1, "lines": text.count("\n"), "lines of the algorithm": algorithm}
+    return {"here": here, "imitation": json.loads(found.stdout)}
 
 
 def main():
@@ -96,24 +115,27 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     first, last = (int(seed) for seed in args.seeds.split("-"))
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    rows = [row for row in rows if row["algorithm"] not in args.algorithms]
     sizes = {"bc": SIZES, "gail": {"1": ["--num-demos", "1"]}}
     work = [(a, v, s) for a in args.algorithms for v in sizes[a] for s in range(first, last + 1)]
+    rows, out = {algorithm: [] for algorithm in args.algorithms}, args.out.resolve()
     for algorithm, variant, seed in tqdm(work):
         flags = sizes[algorithm][variant]
         about = {"algorithm": algorithm, "variant": variant, "seed": seed}
-        rows.append({**about, **ours(f"{algorithm}_cartpole", flags, seed, args.out.resolve())})
-        peer = theirs(args.peer_python, algorithm, flags, seed, args.out.resolve())
-        rows.append({**about, **peer})
-        command = "python benchmark/peers.py --peer-python .venv-peer/bin/python"
-        command += f" --seeds {args.seeds} {' '.join(args.algorithms)}"
-        machine = (
-            f"{platform.system()}, {os.cpu_count()} cores, one thread, its runs one after the other"
-        )
-        result = {"command": command, "machine": machine, "rows": rows}
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1))
+        rows[algorithm] += [
+            {**about, **ours(f"{algorithm}_cartpole", flags, seed, out)},
+            {**about, **theirs(args.peer_python, algorithm, flags, seed, out)},
+        ]
+        if algorithm == "gail":
+            about["variant"] = "1, REINFORCE"
+            rows[algorithm].append({**about, **ours("gail_cartpole", REINFORCE, seed, out)})
+    command = f"python benchmark/peers.py --peer-python .venv-peer/bin/python --seeds {args.seeds}"
+    machine = (
+        f"{platform.system()}, {os.cpu_count()} cores, one thread, its runs one after the other"
+    )
+    for algorithm in args.algorithms:
+        result = {"command": f"{command} {algorithm}", "machine": machine}
+        result |= {"lines": lines(args.peer_python), "rows": rows[algorithm]}
+        (RESULTS / f"peers_{algorithm}.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
 between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run;
-NAME+NAME stand side by side. peers_cartpole.json holds rows instead of runs: other libraries on the
-same demonstrations; a file with a `table` has its lines already.
+NAME+NAME stand side by side. peers_*.json hold rows instead of runs: other libraries on the same
+demonstrations; a file with a `table` has its lines already.
 """
 
 import argparse
