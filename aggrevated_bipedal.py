@@ -82,7 +82,7 @@ def add_settings(parser):
     flag = parser.add_argument_group("roll-in").add_argument
     flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
     flag("--num-envs", type=number(int, 1, 10_000), default=10, help="one trajectory each")
-    mixing = "iterations in which alpha, the expert's share of the trajectories, falls from 1 to 0"
+    mixing = "iterations in which alpha, the share that the expert begins, falls from 1 to 0"
     flag("--mixing", type=number(int, 1), default=5, help=mixing)
     noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
     flag("--noise", type=number(float, 0), default=0.3, help=noise)
@@ -105,9 +105,9 @@ def add_settings(parser):
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
-    caution = "how many deviations of the critics to take off their mean"
+    caution = "how many deviations of the critics to take off their mean: a lower bound"
     flag("--caution", type=number(float, 0), default=0.5, help=caution)
-    anchor = "weight of the squared distance to the expert's action, in units of the return"
+    anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
     flag("--anchor", type=number(float, 0), default=8.0, help=anchor)
 
 
