@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -246,6 +247,42 @@ def test_looking_on_changes_nothing(script, argv, begin, whole, tmp_path, quick,
     assert run.wait() == 0 and script.module.CLOCK in run.text()
     assert same(weights(tmp_path / "run"), weights(whole[0]))
     assert not list((tmp_path / "run").glob("events*"))
+
+
+# --- racecar_env.py's own recordings --------------------------------------------------------------
+
+
+def recording(path, episodes, before=lambda: None):
+    """Record laps of the controller, in a process of its own."""
+    pytest.importorskip("pybullet")
+    command = [sys.executable, ROOT / "racecar_env.py", "--record-demos", path]
+    command += ["--episodes", str(episodes)]
+
+    def begin():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        before()
+
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=begin)
+
+
+def test_a_recording_that_finds_the_disk_full(tmp_path):
+    process = recording(tmp_path / "laps.npz", 2, partial(limit_files, 2_000))
+    (line,) = [x for x in process.communicate(timeout=60)[1].splitlines() if "racecar_env.py:" in x]
+    assert process.returncode == 2 and "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_recording_that_is_stopped(number, status, tmp_path):
+    process = recording(tmp_path / "laps.npz", 100_000)
+    while "pybullet" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(2)  # it drives
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status and "Traceback" not in error
+    assert not (tmp_path / "laps.npz").exists()
 
 
 # --- damaged files --------------------------------------------------------------------------------
