@@ -98,7 +98,7 @@ def add_settings(parser):
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag = parser.add_argument_group("discriminator").add_argument
-    forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar_ppo.md"
+    forms = "-log(1-D), which needs no absorbing states to drive, log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
@@ -187,7 +187,9 @@ LOW, HIGH = np.array([[-1, 0], [1, 1]], np.float32)  # of steering and throttle
 
 
 def to_box(actions):
-    """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2)."""
+    """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2).
+
+    So a new policy, with means near 0, drives straight on at half throttle, and explores both."""
     return LOW + (HIGH - LOW) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
 
 

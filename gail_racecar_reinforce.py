@@ -188,7 +188,9 @@ LOW, HIGH = np.array([[-1, 0], [1, 1]], np.float32)  # of steering and throttle
 
 
 def to_box(actions):
-    """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2)."""
+    """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2).
+
+    So a new policy, with means near 0, drives straight on at half throttle, and explores both."""
     return LOW + (HIGH - LOW) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
 
 
