@@ -145,6 +145,26 @@ def test_ppo_clips_as_in_equation_7():
     assert torch.equal(gradient == 0, clipped)
 
 
+def test_the_average_counts_the_kth_k_times():
+    weights = [torch.nn.Linear(2, 3) for _ in range(7)]
+    average = torch.optim.swa_utils.AveragedModel(weights[0], avg_fn=gail.recent_average)
+    for each in weights:
+        average.update_parameters(each)
+    expected = sum(k * each.weight.double() for k, each in enumerate(weights, 1)) / 28
+    assert torch.allclose(average.module.weight.double(), expected, atol=1e-6)
+
+
+def test_what_is_kept_is_the_average(tmp_path, quick):
+    """Evaluated and written; what acts is the policy, and both are in the checkpoint."""
+    Case("gail_cartpole", GAIL, 360, 200, "", 0).run(tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "policy.pt", weights_only=True)["weights"]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["average"]["n_averaged"] == checkpoint["run"]["count"]["updates"] > 1
+    for name, weight in kept.items():
+        assert torch.equal(weight, checkpoint["average"][f"module.{name}"])
+        assert not torch.equal(weight, checkpoint["policy"][name])
+
+
 def test_policy_against_torch_distributions():
     policy = gail.Policy(hidden=8)
     observations, actions = torch.randn(20, 4), torch.randint(2, (20,))
