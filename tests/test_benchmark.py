@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ report, run, variants, bipedal_gradients = (
 )
 
 SCRIPTS_BY_NAME = {case.script: case for case in SCRIPTS}
+BEFORE_STANDARDIZE = [  # inputs were standardized there, and --standardize was no setting yet
+    f"aggrevated_bipedal_{name}.json" for name in ("hardcore", "standardized")
+]
 EXPERIMENTS = tomllib.loads((ROOT / "benchmark" / "experiments.toml").read_text())
 
 
@@ -44,14 +48,55 @@ def test_the_script_accepts_every_command_of_an_experiment(name, tmp_path, monke
         assert script.parse_args(flags).seed == each["seed"]
 
 
+def test_every_result_has_the_settings_of_its_command(tmp_path):
+    """A command is the one way to repeat a result: it must not ask for something else."""
+    run.prepare(EXPERIMENTS["gail_pendulum"], tmp_path)
+    wrong = {}
+    for path in run.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        for each in result.get("runs", []) if isinstance(result, dict) else []:
+            command = shlex.split(each["command"])[1:]
+            if "--resume" in command or ("racecar" in each["script"] and not PYBULLET):
+                continue
+            root = tmp_path if "pendulum" in each["script"] else ROOT
+            differ = run.differences(command, each["args"], root)
+            if path.name in BEFORE_STANDARDIZE and differ == ["standardize"]:
+                continue
+            if differ:
+                wrong.setdefault((path.name, each["variant"], *differ), []).append(each["seed"])
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "flags, differ",
+    [
+        ([], []),
+        (["--gamma", "0.5"], ["gamma"]),
+        (["--control", "constant-reward", "--hidden", "9"], ["control", "hidden"]),
+        (["--total-steps", "100000"], []),
+        (["--out", "elsewhere", "--run-name", "x"], []),
+    ],
+)
+def test_settings_that_a_command_does_not_ask_for(flags, differ):
+    made_by = vars(SCRIPTS_BY_NAME["gail_cartpole"].module.parse_args(["--seed", "3"]))
+    args = {name: value for name, value in made_by.items() if name not in run.NOT_KEPT}
+    args["total_steps"] = 100_000  # filled in by the script where the command names none
+    command = ["gail_cartpole.py", "--seed", "3", *flags]
+    assert sorted(run.differences(command, args)) == differ
+    assert run.differences(["benchmark/variants.py", "states-only", *command], args) == differ
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
 def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path):
-    cartpole = (variants.states_only, variants.next_states, variants.linear_policy)
+    cartpole = (variants.states_only, variants.next_states)
+    cartpole += (variants.linear_policy, variants.last_policy)
     name = "gail_cartpole" if variant in cartpole else "gail_racecar_ppo"
     walker = (variants.no_advantage, variants.score_function)
     walker += (variants.natural_gradient, variants.min_max_weights)
-    walker += (variants.expert_rolls_in, variants.learner_rolls_in)
+    walker += (variants.executed_actions, variants.expert_rolls_in, variants.learner_rolls_in)
     name = "aggrevated_bipedal" if variant in walker else name
+    offline = (variants.plain_discriminator, variants.plain_gradient)
+    name = "gail_offline_cartpole" if variant in offline else name
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
     spec = importlib.util.spec_from_file_location("variant", ROOT / f"{name}.py")
