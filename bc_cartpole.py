@@ -485,11 +485,11 @@ class Run:
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
-        else:
-            self.save()
-        Run.latest = self
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        if not args.resume:  # once there is a checkpoint, nothing makes the folder again
+            self.save()
+        Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
         self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds

@@ -228,6 +228,20 @@ def test_the_run_folder_disappears(script, begin, argv, tmp_path, quick):
     assert str(folder) in one_line(run)
 
 
+def test_the_run_folder_disappears_after_its_first_checkpoint(script, begin, argv, tmp_path, quick):
+    """Nothing makes it again: a run without its settings could not be resumed."""
+    folder, save = tmp_path / "run", script.module.Run.save
+
+    def save_and_lose(run):
+        save(run)
+        shutil.rmtree(folder)
+        script.module.Run.save = save
+
+    run = begin(argv(folder), lambda: setattr(script.module.Run, "save", save_and_lose))
+    assert str(folder) in one_line(run)
+    assert not folder.exists()
+
+
 class Silence:
     """In place of TensorBoard's writer."""
 
