@@ -239,9 +239,9 @@ def reinforce_loss(log_probs, advantages):
 
 
 def recent_average(average, weights, number):
-    """The mean of all weights so far, the k-th counted k times, where `number` came before.
+    """The mean of all weights so far, the k-th counted k times; `number` came before these.
 
-    Noisy steps lead it nearer to the goal than the last ones (Lacoste-Julien et al. 2012)."""
+    In convex problems it converges faster than the last ones (Lacoste-Julien et al. 2012)."""
     return average + 2 / (number + 2) * (weights - average)
 
 
@@ -436,8 +436,8 @@ def train(args):
     cartpoles = CartPoles(args.env_id, args.num_envs)
     cartpoles.reset(args.seed)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    networks = {"policy": policy, "average": average, "critic": critic}
-    networks["discriminator"] = discriminator
+    networks = {"policy": policy, "average": average}
+    networks |= {"critic": critic, "discriminator": discriminator}
     run.start(**networks, **optimizers, cartpoles=cartpoles, memory=memory)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):

@@ -126,7 +126,7 @@ def differences(command, args, root=ROOT):
     """The settings in which `args`, those of a run, are not what this command line asks for."""
     first = next(i for i, word in enumerate(command) if word.startswith("-"))
     path = root / command[first - 1]
-    sys.path[:0] = [str(root), str(path.parent)]
+    sys.path[:0] = {str(root), str(path.parent)} - set(sys.path)
     asked, default = (
         vars(importlib.import_module(path.stem).parse_args(flags))
         for flags in (command[first:], [])
