@@ -379,11 +379,16 @@ class Transitions:
     """All transitions so far, of which a checkpoint holds every one."""
 
     def __init__(self):
-        self.columns = {}
+        sizes = {"observations": 24, "actions": 4, "expert_actions": 4}
+        sizes |= {"next_observations": 24, "next_expert_actions": 4}
+        self.columns = {name: torch.zeros(0, size) for name, size in sizes.items()}
+        self.columns["rewards"] = torch.zeros(0)
+        flags = ("tail", "fell", "last")
+        self.columns |= {name: torch.zeros(0, dtype=torch.bool) for name in flags}
 
     def add(self, batch):
-        kept = self.columns or {name: column[:0] for name, column in batch.items()}
-        self.columns = {name: torch.cat([kept[name], batch[name]]) for name in batch}
+        for name, column in self.columns.items():
+            self.columns[name] = torch.cat([column, batch[name]])
 
     def sample(self, size, device):
         rows = torch.randint(len(self.columns["rewards"]), (size,))
@@ -393,7 +398,12 @@ class Transitions:
         return self.columns
 
     def load_state_dict(self, state):
-        self.columns = state
+        for name, column in self.columns.items():
+            shape = (len(state["rewards"]), *column.shape[1:])
+            fits = (state[name].shape, state[name].dtype) == (shape, column.dtype)
+            check(fits, f"{name} of another shape or type, expected {shape} and {column.dtype}")
+            self.columns[name] = state[name]
+        check_finite(self.columns)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -592,6 +602,18 @@ def check_finite(weights):
     check(all(x.isfinite().all() for x in weights.values()), "weights that are NaN or infinite")
 
 
+def load_moments(adam, saved):
+    """Copy Adam's moments, whose sizes it would not check; its settings follow from the flags."""
+    parameters = [x for group in adam.param_groups for x in group["params"]]
+    for parameter, moments in zip(parameters, saved.values()):
+        adam.state[parameter] = {
+            "step": torch.zeros(()).copy_(moments["step"]),
+            "exp_avg": torch.zeros_like(parameter).copy_(moments["exp_avg"]),
+            "exp_avg_sq": torch.zeros_like(parameter).copy_(moments["exp_avg_sq"]),
+        }
+        check_finite(adam.state[parameter])
+
+
 def read(path, reader):
     """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
     try:
@@ -748,10 +770,14 @@ class Run:
         state = torch.load(path, weights_only=True, map_location="cpu")
         check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
         for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Adam):
+                load_moments(part, state[name]["state"])
+                continue
             part.load_state_dict(state[name])
             if isinstance(part, nn.Module):
                 check_finite(part.state_dict())
         self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
+        check(isinstance(self.curve, list), "a curve that is no list")
         self.count = {name: int(state["run"]["count"][name]) for name in self.count}
         for point in self.curve:
             numbers = all(isinstance(value, int | float) for value in point.values())

@@ -278,6 +278,18 @@ def check_finite(weights):
     check(all(x.isfinite().all() for x in weights.values()), "weights that are NaN or infinite")
 
 
+def load_moments(adam, saved):
+    """Copy Adam's moments, whose sizes it would not check; its settings follow from the flags."""
+    parameters = [x for group in adam.param_groups for x in group["params"]]
+    for parameter, moments in zip(parameters, saved.values()):
+        adam.state[parameter] = {
+            "step": torch.zeros(()).copy_(moments["step"]),
+            "exp_avg": torch.zeros_like(parameter).copy_(moments["exp_avg"]),
+            "exp_avg_sq": torch.zeros_like(parameter).copy_(moments["exp_avg_sq"]),
+        }
+        check_finite(adam.state[parameter])
+
+
 def read(path, reader):
     """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
     try:
@@ -506,10 +518,14 @@ class Run:
         state = torch.load(path, weights_only=True, map_location="cpu")
         check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
         for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Adam):
+                load_moments(part, state[name]["state"])
+                continue
             part.load_state_dict(state[name])
             if isinstance(part, nn.Module):
                 check_finite(part.state_dict())
         self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
+        check(isinstance(self.curve, list), "a curve that is no list")
         self.count = {name: int(state["run"]["count"][name]) for name in self.count}
         for point in self.curve:
             numbers = all(isinstance(value, int | float) for value in point.values())

@@ -37,6 +37,7 @@ import os
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -87,10 +88,13 @@ OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.fl
 
 
 class PhysicsClient:
-    """pybullet, with the id of one client of its own in every call: client.stepSimulation()."""
+    """pybullet, with the id of one client of its own in every call: client.stepSimulation().
+
+    It is given back once, by disconnect() or when nothing refers to this any more."""
 
     def __init__(self, mode: int) -> None:
         self.id = pybullet.connect(mode)
+        self.disconnect = weakref.finalize(self, pybullet.disconnect, physicsClientId=self.id)
 
     def __getattr__(self, name: str) -> Callable:
         function = functools.partial(getattr(pybullet, name), physicsClientId=self.id)

@@ -302,6 +302,34 @@ def test_checkpoint_of_another_history(changes, folder, refused):
     refused(["--resume", folder], folder / "checkpoint.pt")
 
 
+def test_checkpoint_whose_curve_is_ten_million_tensors(folder, refused):
+    """Few bytes in the file, and gigabytes to him who goes through it."""
+    before = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]
+    curve = torch.zeros(1).expand(10**7)
+    rewrite(folder / "checkpoint.pt", run={**before, "curve": curve})
+    refused(["--resume", folder], folder / "checkpoint.pt", "no list")
+
+
+MOMENTS = {
+    "of another size": lambda x: torch.zeros(10**4),
+    "that lie one over another": lambda x: torch.zeros(1).expand(10**4),
+    "of another kind": lambda x: [0.0],
+    "that are NaN": lambda x: x * float("nan"),
+}
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_checkpoint_with_moments(name, moments, script, folder, refused):
+    """Adam would take them, and write beyond their memory."""
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    optimizer = next(name for name in content if "optimizer" in name)
+    state = content[optimizer]["state"][0]
+    state[name] = MOMENTS[moments](state[name])
+    rewrite(folder / "checkpoint.pt", **{optimizer: content[optimizer]})
+    refused(["--resume", folder], folder / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("part", ["policy", "run", "extra"])
 def test_checkpoint_that_holds_objects(part, folder, tmp_path, refused):
     rewrite(folder / "checkpoint.pt", **{part: Payload(tmp_path / "canary")})

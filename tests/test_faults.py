@@ -9,6 +9,7 @@ seconds for each. The long form writes what it counted into benchmark/results/re
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import os
@@ -460,7 +461,8 @@ def load(loader, script, finished, tmp_path):
     if loader == "policy":
         path = folder / "policy.pt"
         return ["--evaluate", str(path), "--eval-episodes", "2"], path
-    return ["--resume", str(folder), "--no-progress"], folder / "checkpoint.pt"
+    argv = ["--resume", str(folder), "--no-progress", script.budget, str(10**7)]  # it goes on
+    return argv, folder / "checkpoint.pt"
 
 
 class Loaded(Exception):
@@ -468,7 +470,9 @@ class Loaded(Exception):
 
 
 def mutate(script, argv, path, other, many, tmp_path, errors):
-    """Runs in a fork. Damages the file `many` times and writes what came of it to counts.json."""
+    """Runs in a fork. Damages the file `many` times and writes what came of it to counts.json.
+
+    What loads begins to train, up to the end of its first iteration where it is a checkpoint."""
     original, module, run = path.read_bytes(), script.module, tmp_path / "run"
     counts = {"refused": 0, "unnoticed": 0, "s the longest": 0.0, "MB at most": 0}
     played = module.play(None, script.task.env_id, 4, 0)
@@ -481,7 +485,7 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
     def loaded(*args, **parts):
         raise Loaded
 
-    module.play, module.Run.record = play, loaded
+    module.play, module.Run.record, module.SummaryWriter = play, loaded, Silence
     if "--resume" not in argv:
         module.Run.start = loaded
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -512,6 +516,7 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
         before, highest = highest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         counts["MB at most"] = max(counts["MB at most"], (highest - before) // 1024)
         shutil.rmtree(run, ignore_errors=True)
+        gc.collect()  # the environments of this run
     (tmp_path / "counts.json").write_text(json.dumps(counts))
     return 0
 

@@ -529,6 +529,18 @@ def test_rendering_does_not_change_the_episode(make):
         np.testing.assert_array_equal(env.step(action)[0], plain.step(action)[0])
 
 
+def test_what_is_forgotten_gives_its_client_back_and_nobody_elses():
+    forgotten, closed = RaceCarEnv(), RaceCarEnv()
+    numbers = forgotten.physics.id, closed.physics.id
+    closed.close()
+    other = RaceCarEnv()
+    assert other.physics.id == numbers[1]
+    del forgotten, closed
+    assert not pybullet.getConnectionInfo(numbers[0])["isConnected"]
+    assert pybullet.getConnectionInfo(numbers[1])["isConnected"]
+    other.close()
+
+
 def test_a_hundred_opened_and_closed_leave_nothing():
     def resident_kilobytes():
         pages = int(Path("/proc/self/statm").read_text().split()[1])
