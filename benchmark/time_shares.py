@@ -1,13 +1,14 @@
 """Where a run's time goes, and how far it is from what it cannot do without.
 
-    python benchmark/time_shares.py                          every script that steps an environment
+    python benchmark/time_shares.py                          every script
     python benchmark/time_shares.py gail_cartpole.py
 
 Each runs through its own command line, with functions of its module timed from outside: the
 environment's steps in rollouts, the rest of the rollouts (the policy), the updates (the learner),
 and what is left (bookkeeping). Evaluation is apart, and so is AggreVaTeD's validation. The limit is
 the environment stepped alone, with random actions, as many times, and the last call of each update,
-repeated alone, as often.
+repeated alone, as often. Where no environment is stepped, steps are updates, the learner is the
+networks, losses and gradient steps, and the limit is what these took within the run.
 """
 
 import importlib
@@ -19,8 +20,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmark" / "results" / "time_shares.json"
+GRADIENTS = {
+    "bc_cartpole.py": ["descend"],
+    "gail_offline_cartpole.py": [
+        "discriminator_logits",
+        "expected_discriminator_loss",
+        "natural_policy_loss",
+        "descend",
+    ],
+}
 UPDATES = ("update_discriminator", "update_policy", "refit", "improve")
 FLAGS = {
+    "bc_cartpole.py": "",
+    "gail_offline_cartpole.py": "",
     "gail_cartpole.py": "--total-steps 50000 --eval-every 50000",
     "gail_racecar_ppo.py": "--total-steps 50000 --eval-every 50000 --eval-episodes 10",
     "gail_racecar_reinforce.py": "--total-steps 50000 --eval-every 50000 --eval-episodes 10",
@@ -44,6 +56,30 @@ class Clock:
             return result
 
         return call
+
+
+def run(script, path, folder):
+    """Run its command line; returns what summary.json holds, and the arguments."""
+    flags = [*FLAGS[path].split(), "--out", str(folder), "--run-name", path, "--no-progress"]
+    assert script.main(flags) == 0
+    return json.loads((folder / path / "summary.json").read_text()), script.parse_args(flags)
+
+
+def measure_gradients(path, folder):
+    """The line of a script that steps no environment."""
+    script, clock = importlib.import_module(Path(path).stem), Clock()
+    for name in GRADIENTS[path]:
+        setattr(script, name, clock.timed(name, getattr(script, name)))
+    forward = clock.timed("forward", script.Policy.forward)
+    script.Policy.forward = lambda policy, observations: forward(policy, observations)
+    summary, _ = run(script, path, folder)
+    wall, of = summary["wall_seconds"], clock.seconds
+    learner = sum(of.values())
+    shares = {"learner": f"{learner / wall:.0%}", "bookkeeping": f"{1 - learner / wall:.0%}"}
+    speed = f"{summary['updates'] / wall:,.0f}"
+    nothing = {"environment": "none", "policy": "none"}
+    limit = {"time by the limit": f"{wall / learner:.2f}"}
+    return {"script": path, "steps/s": speed, **nothing, **shares, **limit}
 
 
 def instrument(script, clock):
@@ -96,12 +132,11 @@ def environment_alone(make_envs, args, steps):
 
 
 def measure(path, folder):
+    if path in GRADIENTS:
+        return measure_gradients(path, folder)
     script, clock = importlib.import_module(Path(path).stem), Clock()
     updates, make_envs = instrument(script, clock)
-    flags = [*FLAGS[path].split(), "--out", str(folder), "--run-name", path, "--no-progress"]
-    assert script.main(flags) == 0
-    summary = json.loads((folder / path / "summary.json").read_text())
-    args = script.parse_args(flags)
+    summary, args = run(script, path, folder)
     args.num_envs = summary["args"]["num_envs"]
     alone = {}
     for name in clock.last.keys() & updates.keys():
