@@ -489,6 +489,7 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
     if "--resume" not in argv:
         module.Run.start = loaded
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.freeze()  # so that collecting has little to look at
     for seed in range(many):
         rng = np.random.default_rng(seed)
         path.write_bytes(original)
