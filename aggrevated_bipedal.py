@@ -398,12 +398,10 @@ class Transitions:
         return self.columns
 
     def load_state_dict(self, state):
-        for name, column in self.columns.items():
-            shape = (len(state["rewards"]), *column.shape[1:])
-            fits = (state[name].shape, state[name].dtype) == (shape, column.dtype)
-            check(fits, f"{name} of another shape or type, expected {shape} and {column.dtype}")
-            self.columns[name] = state[name]
-        check_finite(self.columns)
+        steps = len(state["rewards"])
+        own = {name: x.new_empty(steps, *x.shape[1:]) for name, x in self.columns.items()}
+        check_like(state, own)
+        self.columns = {name: state[name] for name in own}
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -599,19 +597,36 @@ def check(condition, message):
 
 
 def check_finite(weights):
-    check(all(x.isfinite().all() for x in weights.values()), "weights that are NaN or infinite")
+    check(all(x.isfinite().all() for x in weights.values()), "numbers that are NaN or infinite")
+
+
+def check_stored(content):
+    """Refuse tensors that claim to be more than the file holds, in a nest of dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        check(content.nbytes <= content.untyped_storage().nbytes(), "a tensor without its data")
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            check_stored(part)
+
+
+def check_like(found, own):
+    """Refuse tensors of another shape or type than those of the same name in `own`, and NaN."""
+    own = {name: x for name, x in own.items() if isinstance(x, torch.Tensor)}
+    for name, x in own.items():
+        fits = found[name].shape == x.shape and found[name].dtype == x.dtype
+        check(fits, f"{name} of another shape or type, expected {tuple(x.shape)}, {x.dtype}")
+    check_finite({name: found[name] for name in own})
 
 
 def load_moments(adam, saved):
-    """Copy Adam's moments, whose sizes it would not check; its settings follow from the flags."""
+    """Adam's moments, whose sizes it would not check; its settings follow from the flags."""
     parameters = [x for group in adam.param_groups for x in group["params"]]
-    for parameter, moments in zip(parameters, saved.values()):
-        adam.state[parameter] = {
-            "step": torch.zeros(()).copy_(moments["step"]),
-            "exp_avg": torch.zeros_like(parameter).copy_(moments["exp_avg"]),
-            "exp_avg_sq": torch.zeros_like(parameter).copy_(moments["exp_avg_sq"]),
-        }
-        check_finite(adam.state[parameter])
+    for i, moments in saved.items():
+        x = parameters[i]
+        check_like(moments, {"step": torch.zeros(()), "exp_avg": x, "exp_avg_sq": x})
+        sane = moments["step"] >= 1 and (moments["exp_avg_sq"] >= 0).all()
+        check(sane, "moments that Adam never has")
+        adam.state[x] = {name: moment.contiguous().to(x.device) for name, moment in moments.items()}
 
 
 def read(path, reader):
@@ -768,6 +783,7 @@ class Run:
 
     def load(self, path):
         state = torch.load(path, weights_only=True, map_location="cpu")
+        check_stored(state)
         check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
         for name, part in self.parts.items():
             if isinstance(part, torch.optim.Adam):

@@ -90,11 +90,13 @@ OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.fl
 class PhysicsClient:
     """pybullet, with the id of one client of its own in every call: client.stepSimulation().
 
-    It is given back once, by disconnect() or when nothing refers to this any more."""
+    One without a window is given back once, by disconnect() or when nothing refers to this any
+    more. A window its user may have closed, and its number may be another's by then."""
 
     def __init__(self, mode: int) -> None:
         self.id = pybullet.connect(mode)
-        self.disconnect = weakref.finalize(self, pybullet.disconnect, physicsClientId=self.id)
+        if mode == pybullet.DIRECT:
+            self.disconnect = weakref.finalize(self, pybullet.disconnect, physicsClientId=self.id)
 
     def __getattr__(self, name: str) -> Callable:
         function = functools.partial(getattr(pybullet, name), physicsClientId=self.id)

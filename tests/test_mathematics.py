@@ -1,5 +1,6 @@
 """The mathematics of the scripts against definitions written out another way."""
 
+import copy
 import math
 
 import gymnasium as gym
@@ -422,6 +423,7 @@ def test_cartpoles_go_on_from_their_state(cartpoles):
     state, rng = cartpoles.state_dict(), torch.get_rng_state()
     expected, _ = gail.rollout(cartpoles, policy, 100, "cpu")
     others = gail.CartPoles("CartPole-v1", 3)
+    others.reset()
     others.load_state_dict(state)
     torch.set_rng_state(rng)
     found, _ = gail.rollout(others, policy, 100, "cpu")
@@ -637,3 +639,29 @@ def test_occupancy_distances():
     again = {name: scaled(episodes) for name, episodes in samples.items()}
     again = gail.occupancy_distances("CartPole-v1", scaled(experts), again)
     assert again == pytest.approx(found, rel=1e-3, abs=1e-4)  # units do not matter
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_moments_go_on_as_adam_takes_them_with_a_layer_that_is_not_trained():
+    """Its state is numbered by parameter and leaves out those that never had a gradient."""
+    network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    network[0].requires_grad_(False)
+    copies = [copy.deepcopy(network) for _ in range(2)]
+    adams = [torch.optim.Adam(x.parameters(), 0.1, fused=True) for x in (network, *copies)]
+
+    def step(network, adam):
+        gail.descend(adam, network(torch.ones(2, 4)).square().sum())
+
+    for _ in range(3):
+        step(network, adams[0])
+    saved = copy.deepcopy(adams[0].state_dict())
+    gail.load_moments(adams[1], copy.deepcopy(saved["state"]))
+    adams[2].load_state_dict(saved)
+    for x in copies:
+        x.load_state_dict(network.state_dict())
+    for x, adam in zip((network, *copies), adams):
+        step(x, adam)
+    for ours, theirs, whole in zip(*(x.parameters() for x in (*copies, network))):
+        assert torch.equal(ours, theirs) and torch.equal(ours, whole)
