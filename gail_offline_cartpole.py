@@ -15,7 +15,7 @@ where the policy errs. docs/gail_offline_cartpole.md compares it with bc_cartpol
 
 DEVIATION: D subtracts log pi(a|s) from its network's output (Fu et al. 2018, AIRL, section 4), so
 that the network's target, log pi_expert, stands still while the policy moves. Without that the two
-chase each other, and more updates do not help.
+chase each other, and more updates help little.
 """
 
 # /// script
