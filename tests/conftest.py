@@ -4,8 +4,10 @@ import gymnasium as gym
 import pytest
 import torch
 from scripts import CASES, SCRIPTS, TASKS, WATCHERS
+from tqdm import tqdm
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at the moment that test_faults.py forks
 
 
 def pytest_addoption(parser):
