@@ -274,8 +274,9 @@ def check(condition, message):
         raise BadInput(message)
 
 
-def check_finite(weights):
-    check(all(x.isfinite().all() for x in weights.values()), "numbers that are NaN or infinite")
+def check_finite(named):
+    sound = all(x.float().isfinite().all() for x in named.values())  # as the networks see them
+    check(sound, "numbers that are NaN or infinite")
 
 
 def check_stored(content):

@@ -8,7 +8,7 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
-    python gail_racecar_reinforce.py                          the default run: some ten minutes
+    python gail_racecar_reinforce.py                          the default run: some minutes
     python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
 
 Needs racecar_env.py beside it. docs/gail_racecar_reinforce.md has the results, and what each of
@@ -610,8 +610,9 @@ def check(condition, message):
         raise BadInput(message)
 
 
-def check_finite(weights):
-    check(all(x.isfinite().all() for x in weights.values()), "numbers that are NaN or infinite")
+def check_finite(named):
+    sound = all(x.float().isfinite().all() for x in named.values())  # as the networks see them
+    check(sound, "numbers that are NaN or infinite")
 
 
 def check_stored(content):
