@@ -16,9 +16,9 @@ the expert and balances too. `occupancy_distance` in summary.json tells them apa
 expert, 1 like a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-otherwise learns one demonstration by heart; (3) twenty steps of D a rollout, half of its pairs from
-a memory of earlier policies; (4) the entropy bonus stands beside the normalised advantages; (5) an
-average of the policies is kept, not the last; (6) a choice of reward forms; the paper's is `gail`.
+otherwise learns one demonstration by heart; (3) twenty steps of D a rollout; (4) the entropy bonus
+stands beside the normalised advantages; (5) an average of the policies is kept, not the last; (6) a
+choice of reward forms; the paper's is `gail`.
 """
 
 # /// script
@@ -108,8 +108,6 @@ def add_settings(parser):
     flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
-    remember = "pairs of every rollout that D keeps seeing; 0: it forgets its earlier lessons"
-    flag("--memory", type=number(int, 0), default=64, help=remember)
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
 
 
@@ -337,35 +335,16 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-class Memory:
-    """Some pairs of every rollout. Without them D forgets the mistakes that it no longer sees."""
-
-    def __init__(self, empty):
-        self.pairs = empty  # (0, size of a pair)
-
-    def add(self, pairs, number):
-        self.pairs = torch.cat([self.pairs, pairs[torch.randperm(len(pairs))[:number]]])
-
-    def state_dict(self):
-        return {"pairs": self.pairs}
-
-    def load_state_dict(self, state):
-        check_like({"pairs": state["pairs"][:0]}, self.state_dict())
-        self.pairs = state["pairs"].to(self.pairs.device)
-
-
 def minibatch(pairs, number):
     return pairs[torch.randint(len(pairs), (number,))]
 
 
-def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
-    """Step 2, --discriminator-updates times; returns what to log.
-
-    sources: the policy's pairs, (pairs, size of a pair) each; each gives an equal part."""
-    total, share = 0.0, args.discriminator_batch // len(sources)
+def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
+    """Step 2, --discriminator-updates times; returns what to log."""
+    total = 0.0
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, share * len(sources))
-        learner = torch.cat([minibatch(pairs, share) for pairs in sources])
+        expert = minibatch(expert_pairs, args.discriminator_batch)
+        learner = minibatch(policy_pairs, args.discriminator_batch)
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -434,13 +413,12 @@ def train(args):
         discriminator.parameters(), args.discriminator_lr, fused=True
     )
     average = AveragedModel(policy, avg_fn=recent_average)
-    memory = Memory(expert_pairs[:0])
     cartpoles = CartPoles(args.env_id, args.num_envs)
     cartpoles.reset(args.seed)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
     networks = {"policy": policy, "average": average}
     networks |= {"critic": critic, "discriminator": discriminator}
-    run.start(**networks, **optimizers, cartpoles=cartpoles, memory=memory)
+    run.start(**networks, **optimizers, cartpoles=cartpoles)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
             rows = torch.randint(len(actions), (64,))
@@ -466,12 +444,8 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            sources = [policy_pairs]
-            if args.memory:
-                memory.add(policy_pairs, args.memory)
-                sources.append(memory.pairs)
             losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, sources, args
+                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, args
             )
 
         with torch.no_grad():

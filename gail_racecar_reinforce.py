@@ -374,14 +374,12 @@ def minibatch(pairs, number):
     return pairs[torch.randint(len(pairs), (number,))]
 
 
-def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
-    """Step 2, --discriminator-updates times; returns what to log.
-
-    sources: the policy's pairs, (pairs, size of a pair) each; each gives an equal part."""
-    total, share = 0.0, args.discriminator_batch // len(sources)
+def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
+    """Step 2, --discriminator-updates times; returns what to log."""
+    total = 0.0
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, share * len(sources))
-        learner = torch.cat([minibatch(pairs, share) for pairs in sources])
+        expert = minibatch(expert_pairs, args.discriminator_batch)
+        learner = minibatch(policy_pairs, args.discriminator_batch)
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -476,7 +474,7 @@ def train(args):
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
             losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, [policy_pairs], args
+                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, args
             )
 
         with torch.no_grad():

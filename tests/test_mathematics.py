@@ -274,30 +274,8 @@ def test_the_discriminator_learns_that_the_expert_is_label_1():
     optimizer = torch.optim.Adam(discriminator.parameters(), 0.05)
     settings = {"discriminator_updates": 50, "discriminator_batch": 64, "gradient_penalty": 0.1}
     args = gail.argparse.Namespace(**settings)
-    gail.update_discriminator(discriminator, optimizer, expert, [learner], args)
+    gail.update_discriminator(discriminator, optimizer, expert, learner, args)
     assert (discriminator(expert) > 0).all() and (discriminator(learner) < 0).all()
-
-
-def test_the_discriminator_keeps_what_the_memory_holds():
-    """Of two kinds of the policy's pairs, one only in the memory, it refuses both."""
-    expert, new, old = some_pairs(100), some_pairs(100), some_pairs(100)
-    new[:, 0] += 30
-    old[:, 0] -= 30
-    memory = gail.Memory(old[:0])
-    for pairs in old.split(50):
-        memory.add(pairs, 20)
-    assert len(memory.pairs) == 40 and len(memory.pairs.unique(dim=0)) == 40
-    assert all((old == pair).all(1).any() for pair in memory.pairs)
-    restored = gail.Memory(old[:0])
-    restored.load_state_dict(memory.state_dict())
-    assert torch.equal(restored.pairs, memory.pairs)
-    discriminator = discriminator_of(torch.cat([expert, new, old]), 8)
-    optimizer = torch.optim.Adam(discriminator.parameters(), 0.05)
-    settings = {"discriminator_updates": 100, "discriminator_batch": 64, "gradient_penalty": 0.1}
-    args = gail.argparse.Namespace(**settings)
-    gail.update_discriminator(discriminator, optimizer, expert, [new, memory.pairs], args)
-    assert (discriminator(expert) > 0).all()
-    assert (discriminator(new) < 0).all() and (discriminator(old) < 0).all()
 
 
 # --- offline: in expectation over both actions ----------------------------------------------------
@@ -450,10 +428,10 @@ def spied(monkeypatch, tmp_path):
             seen["batch"], returns = rollout_as_it_is(*args)
             return seen["batch"], returns
 
-        def update_discriminator(discriminator, optimizer, expert_pairs, sources, args):
+        def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
             seen["discriminator updates"] += 1
-            seen["expert pairs"], (seen["policy pairs"], seen["old pairs"]) = expert_pairs, sources
-            return update_as_it_is(discriminator, optimizer, expert_pairs, sources, args)
+            seen["expert pairs"], seen["policy pairs"] = expert_pairs, policy_pairs
+            return update_as_it_is(discriminator, optimizer, expert_pairs, policy_pairs, args)
 
         def make_discriminator(*args):
             seen["discriminator"] = make_discriminator_as_it_is(*args)
@@ -543,7 +521,6 @@ def test_what_the_policy_is_updated_with(spied, flags):
         falls = int(terminated.sum()) if absorbing else 0
         assert (~real).sum() == round(falls / (1 - args.gamma))
         assert (seen["expert pairs"][:, -1] == 0).all()  # this expert never falls
-        assert len(seen["old pairs"]) == args.memory
 
 
 def test_shuffled_expert_keeps_states_and_actions_but_not_which_belong_together(spied):
