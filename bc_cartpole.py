@@ -662,13 +662,13 @@ def show(policy, args, folder):
         if mode == "rgb_array":
             env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
         try:
-            for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
-                (observation, _), over = env.reset(seed=seed), False
-                while not over:
-                    action = policy.act(observation[None])[0]
-                    observation, _, terminated, truncated, _ = env.step(action)
-                    over = terminated or truncated
-            env.close()
+            with env:
+                for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
+                    (observation, _), over = env.reset(seed=seed), False
+                    while not over:
+                        action = policy.act(observation[None])[0]
+                        observation, _, terminated, truncated, _ = env.step(action)
+                        over = terminated or truncated
         except Exception as error:  # no display, no encoder: each backend has errors of its own
             raise Failed(f"showing the policy failed: {error}") from error
 

@@ -244,6 +244,19 @@ def last_policy(script):
     script.recent_average = lambda average, weights, number: weights
 
 
+def memory(script):
+    """Half of the pairs that D refuses are of earlier rollouts, 64 of each."""
+    update_discriminator, remembered = script.update_discriminator, []
+
+    def update(discriminator, optimizer, expert_pairs, policy_pairs, args):
+        remembered.append(policy_pairs[torch.randperm(len(policy_pairs))[:64]])
+        earlier = script.minibatch(torch.cat(remembered), len(policy_pairs))
+        both = torch.cat([policy_pairs, earlier])
+        return update_discriminator(discriminator, optimizer, expert_pairs, both, args)
+
+    script.update_discriminator = update
+
+
 def linear_policy(script):
     """What GAIL trains is a linear policy: ten numbers."""
 
@@ -259,7 +272,7 @@ VARIANTS = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
-        *(biases_near_0, states_only, next_states, linear_policy, last_policy),
+        *(biases_near_0, states_only, next_states, linear_policy, last_policy, memory),
         *(plain_discriminator, plain_gradient),
         *(no_advantage, score_function, natural_gradient, min_max_weights, executed_actions),
         *(expert_rolls_in, learner_rolls_in),

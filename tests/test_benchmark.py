@@ -89,7 +89,7 @@ def test_settings_that_a_command_does_not_ask_for(flags, differ):
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
 def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path):
     cartpole = (variants.states_only, variants.next_states)
-    cartpole += (variants.linear_policy, variants.last_policy)
+    cartpole += (variants.linear_policy, variants.last_policy, variants.memory)
     name = "gail_cartpole" if variant in cartpole else "gail_racecar_ppo"
     walker = (variants.no_advantage, variants.score_function)
     walker += (variants.natural_gradient, variants.min_max_weights)
