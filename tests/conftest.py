@@ -1,5 +1,7 @@
 """Fixtures: `case`, every row of the table in scripts.py, and `finished`, its run folder."""
 
+import inspect
+
 import gymnasium as gym
 import pytest
 import torch
@@ -12,6 +14,17 @@ tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at the moment that 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="test_faults.py: by the hundred")
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out the parameters that `applies` says no of: a skip means that more could run."""
+
+    def applies(item):
+        rules = [mark.args[0] for mark in item.iter_markers("applies")]
+        names = [inspect.signature(rule).parameters for rule in rules]
+        return all(r(*(item.callspec.params[n] for n in ns)) for r, ns in zip(rules, names))
+
+    items[:] = filter(applies, items)
 
 
 def present(case):

@@ -1,6 +1,7 @@
 """Whatever is wrong with a file or a value: exit status 2, one line, and nothing is written."""
 
 import argparse
+import copy
 import json
 import pickle
 import shutil
@@ -77,11 +78,7 @@ def damage(request):
 # --- demonstrations -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def watcher(script):
-    if not script.task.demos:
-        pytest.skip("asks its expert")
-    return script
+learns_from_demonstrations = pytest.mark.applies(lambda script: script.task.demos)
 
 
 def good(task):
@@ -144,48 +141,55 @@ def save(path, task, **changes):
     return path
 
 
-def test_good_demonstrations_are_accepted(watcher, script, tmp_path):
+@learns_from_demonstrations
+def test_good_demonstrations_are_accepted(script, tmp_path):
     """Otherwise the tests below would show nothing."""
     path = save(tmp_path / "good.npz", script.task)
     episodes = script.module.read_demos(path, script.task.env_id)
     assert [len(episode["actions"]) for episode in episodes] == [5, 5, 5]
 
 
-def test_damaged_demonstrations(watcher, script, damage, tmp_path, refused):
+@learns_from_demonstrations
+def test_damaged_demonstrations(script, damage, tmp_path, refused):
     damage(save(tmp_path / "demos.npz", script.task))
     argv = script.argv(tmp_path / "runs" / "run", "--demos", tmp_path / "demos.npz")
     refused(argv, tmp_path / "demos.npz")
 
 
+@learns_from_demonstrations
 @pytest.mark.parametrize("name", BAD)
-def test_bad_demonstrations(watcher, script, name, tmp_path, refused):
+def test_bad_demonstrations(script, name, tmp_path, refused):
     changes, word = bad(script.task)[name]
     path = save(tmp_path / "demos.npz", script.task, **changes)
     refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path, word)
 
 
-def test_what_is_not_asked_for_is_not_read(watcher, script, tmp_path):
+@learns_from_demonstrations
+def test_what_is_not_asked_for_is_not_read(script, tmp_path):
     objects = np.array([Payload(tmp_path / "canary")] * 15, object)
     path = save(tmp_path / "demos.npz", script.task, **{"something else": objects})
     episodes = script.module.read_demos(path, script.task.env_id)
     assert len(episodes) == 3 and not (tmp_path / "canary").exists()
 
 
+@learns_from_demonstrations
 @pytest.mark.parametrize("name", GOOD)
-def test_demonstrations_that_hold_objects(watcher, script, name, tmp_path, refused):
+def test_demonstrations_that_hold_objects(script, name, tmp_path, refused):
     objects = np.array([Payload(tmp_path / "canary")] * 15, object)
     path = save(tmp_path / "demos.npz", script.task, **{name: objects})
     refused(script.argv(tmp_path / "runs" / "run", "--demos", path), path)
 
 
-def test_more_than_there_is(watcher, script, tmp_path, refused):
+@learns_from_demonstrations
+def test_more_than_there_is(script, tmp_path, refused):
     path = save(tmp_path / "demos.npz", script.task)
     argv = script.argv(tmp_path / "runs" / "run", "--demos", path)
     refused([*argv, "--num-demos", 4], "--num-demos 4", path, "3")
     refused([*argv, "--num-demos", 1, "--num-pairs", 6], "--num-pairs 6", "5")
 
 
-def test_demonstrations_of_another_environment(watcher, script, tmp_path, refused):
+@learns_from_demonstrations
+def test_demonstrations_of_another_environment(script, tmp_path, refused):
     other = next(task for task in TASKS.values() if task is not script.task)
     argv = script.argv(tmp_path / "runs" / "run", "--demos", other.demos)
     refused(argv, other.demos, other.env_id, script.task.env_id)
@@ -233,6 +237,7 @@ def test_args_that_are_no_settings(folder, refused):
     refused(["--resume", folder], folder)
 
 
+@pytest.mark.applies(lambda script, name: name in vars(script.module.parse_args([])))
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -248,8 +253,6 @@ def test_args_that_are_no_settings(folder, refused):
 )
 def test_args_out_of_range(script, name, value, folder, capsys):
     """These are flags that were saved: argparse may refuse them with a message of its own."""
-    if name not in json.loads((folder / "args.json").read_text()):
-        pytest.skip(f"{script.script} has no such flag")
     edit(folder, **{name: value})
     before = listing(folder.parent)
     try:
@@ -261,12 +264,15 @@ def test_args_out_of_range(script, name, value, folder, capsys):
     assert listing(folder.parent) == before
 
 
+def may_change(script, flag):
+    """Has it this flag, and another value for it?"""
+    known = flag.strip("-").replace("-", "_") in vars(script.module.parse_args([]))
+    return known and (flag != "--env-id" or len(script.module.TASKS) > 1)
+
+
+@pytest.mark.applies.with_args(may_change)  # (a named function would be marked itself)
 @pytest.mark.parametrize("flag", ["--hidden", "--num-envs", "--env-id"])
 def test_resumed_with_other_settings(script, flag, folder, refused):
-    if flag.strip("-").replace("-", "_") not in json.loads((folder / "args.json").read_text()):
-        pytest.skip(f"{script.script} has no {flag}")
-    if flag == "--env-id" and len(script.module.TASKS) < 2:
-        pytest.skip(f"{script.script} has one task")
     value = list(script.module.TASKS)[1] if flag == "--env-id" else 5
     refused(["--resume", folder, script.budget, 2 * script.full, flag, value])
 
@@ -323,10 +329,9 @@ STATES = [
 ]
 
 
+@pytest.mark.applies(lambda script: script.script == "gail_cartpole")
 @pytest.mark.parametrize("name, content", STATES)
 def test_checkpoint_of_other_cartpoles(name, content, folder, refused, script):
-    if script.script != "gail_cartpole":
-        pytest.skip("has none")
     before = torch.load(folder / "checkpoint.pt", weights_only=True)["cartpoles"]
     rewrite(folder / "checkpoint.pt", cartpoles={**before, name: content})
     refused(["--resume", folder], folder / "checkpoint.pt")
@@ -341,10 +346,9 @@ EPISODES = {
 }
 
 
+@pytest.mark.applies(lambda script: "racecar" in script.script)
 @pytest.mark.parametrize("episodes", EPISODES)
 def test_checkpoint_of_other_episodes(episodes, script, folder, refused):
-    if "racecar" not in script.script:
-        pytest.skip("its environments do not drive their episodes once more")
     rewrite(folder / "checkpoint.pt", cars={"episodes": EPISODES[episodes](1)})
     refused(["--resume", folder], folder / "checkpoint.pt")
 
@@ -360,12 +364,11 @@ MOMENTS = {
 }
 
 
+@pytest.mark.applies(lambda name, moments: (name, moments) != ("exp_avg", "below 0"))
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 def test_checkpoint_with_moments(name, moments, script, folder, refused):
     """Adam would take them, and write beyond their memory."""
-    if (name, moments) == ("exp_avg", "below 0"):
-        pytest.skip("as it may be")
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     optimizer = next(name for name in content if "optimizer" in name)
     state = content[optimizer]["state"][0]
@@ -418,18 +421,18 @@ def test_policy_that_holds_objects(part, folder, tmp_path, refused):
     refused(["--evaluate", folder / "policy.pt"], folder / "policy.pt")
 
 
-@pytest.mark.parametrize(
-    "name, key",
-    [("policy.pt", "weights"), *(("checkpoint.pt", k) for k in ("policy", "average", "best"))],
-)
-def test_weights_that_are_no_numbers(script, name, key, folder, refused):
-    broken = torch.load(folder / name, weights_only=True).get(key)
-    if broken is None:
-        pytest.skip(f"{script.script} has no {key}")
-    next(x for x in broken.values() if x.is_floating_point()).view(-1)[0] = float("nan")
-    rewrite(folder / name, **{key: broken})
-    flag = ["--evaluate", folder / name] if name == "policy.pt" else ["--resume", folder]
-    refused(flag, folder / name, "NaN")
+@pytest.mark.parametrize("name, key", [("policy.pt", "weights"), ("checkpoint.pt", "policy")])
+def test_weights_that_are_no_numbers(name, key, folder, refused):
+    """In each network that the file holds."""
+    path = folder / name
+    parts = torch.load(path, weights_only=True)
+    networks = [k for k, part in parts.items() if any(str(n).endswith("weight") for n in part)]
+    assert key in networks
+    for network in networks:
+        broken = copy.deepcopy(parts[network])
+        next(x for x in broken.values() if x.is_floating_point()).view(-1)[0] = float("nan")
+        torch.save({**parts, network: broken}, path)
+        refused(["--evaluate", path] if key == "weights" else ["--resume", folder], path, "NaN")
 
 
 def test_policy_that_holds_no_dict(folder, refused):
@@ -440,12 +443,14 @@ def test_policy_that_holds_no_dict(folder, refused):
 # --- flags ----------------------------------------------------------------------------------------
 
 
-def test_recorded_demonstrations_are_not_overwritten(watcher, script, tmp_path, refused):
+@learns_from_demonstrations
+def test_recorded_demonstrations_are_not_overwritten(script, tmp_path, refused):
     save(tmp_path / "demos.npz", script.task)
     refused(["--record-demos", tmp_path / "demos.npz"], tmp_path / "demos.npz")
 
 
-def test_no_expert_is_trained_for_a_file_that_cannot_be(watcher, script, tmp_path, capsys):
+@learns_from_demonstrations
+def test_no_expert_is_trained_for_a_file_that_cannot_be(script, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert script.module.main(["--record-demos", str(tmp_path / "file" / "demos.npz")]) == 1
     (line,) = capsys.readouterr().err.splitlines()

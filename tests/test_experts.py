@@ -18,11 +18,10 @@ def test_there_are_some():
     assert FILES
 
 
+@pytest.mark.applies(lambda watcher, path: path.stem.split("_")[0] in watcher.module.TASKS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_demonstrations(watcher, path):
     env_id = path.stem.split("_")[0]
-    if env_id not in watcher.module.TASKS:
-        pytest.skip(f"{watcher.script} does not know {env_id}")
     assert path.stat().st_size < 400_000
     episodes = watcher.module.read_demos(path, env_id)
     assert len(episodes) == 30
@@ -73,13 +72,16 @@ def test_num_pairs(watcher):
 # --- making new ones ------------------------------------------------------------------------------
 
 
+# The race car's scripts have the same text as the CartPole scripts, and a hundred laps take long.
+for_cartpoles = pytest.mark.applies(lambda watcher: watcher.task is TASKS["cartpole"])
+
+
+@pytest.mark.applies(lambda watcher: watcher.script != "gail_racecar_reinforce")
 def test_a_bad_expert_is_refused(watcher, tmp_path, monkeypatch, capsys):
     def always_right(observations):
         return np.ones((len(observations), *watcher.task.action), watcher.task.action_dtype)
 
     monkeypatch.setattr(watcher.module, "make_expert", lambda args: always_right)
-    if watcher.script == "gail_racecar_reinforce":
-        pytest.skip("the same text as gail_racecar_ppo's, and a hundred crashes take long")
     path = tmp_path / "new" / "demos.npz"
     assert watcher.module.main(["--record-demos", str(path)]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -87,10 +89,9 @@ def test_a_bad_expert_is_refused(watcher, tmp_path, monkeypatch, capsys):
     assert not list(path.parent.iterdir())
 
 
+@for_cartpoles
 def test_a_good_expert_is_recorded(watcher, tmp_path, monkeypatch):
     module, path = watcher.module, tmp_path / "new" / "demos.npz"
-    if watcher.task is TASKS["racecar"]:
-        pytest.skip("the same text as in the CartPole scripts, and a hundred laps take long")
     env_id = watcher.task.env_id
     monkeypatch.setattr(module, "make_expert", lambda args: linear_rule)
     assert module.main(["--record-demos", str(path)]) == 0
@@ -105,10 +106,9 @@ def test_a_good_expert_is_recorded(watcher, tmp_path, monkeypatch):
             assert np.array_equal(ours[name], theirs[name])
 
 
+@pytest.mark.applies(lambda watcher: watcher.task is TASKS["racecar"])
 def test_the_shipped_laps_are_the_experts(watcher):
     """The first ten, which are driven at once."""
-    if watcher.task is not TASKS["racecar"]:
-        pytest.skip("the other experts take minutes to train")
     module = watcher.module
     recorded = module.read_demos(watcher.task.demos, "RaceCar-v0")
     seed = module.EVALUATION_SEEDS - 1_000
@@ -118,10 +118,9 @@ def test_the_shipped_laps_are_the_experts(watcher):
             assert np.array_equal(ours[name], theirs[name])
 
 
+@for_cartpoles
 def test_missing_demonstrations_are_made_once(watcher, tmp_path, monkeypatch, quick):
     """Where none are shipped, they are kept in the folder of the runs."""
-    if watcher.task is TASKS["racecar"]:
-        pytest.skip("the same text as in the CartPole scripts, and a hundred laps take long")
     monkeypatch.setattr(watcher.module, "DEMOS", "new_{env_id}_{expert}.npz")
     monkeypatch.setattr(watcher.module, "make_expert", lambda args: linear_rule)
     policy = watcher.run(tmp_path / "first")

@@ -522,10 +522,11 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
     return 0
 
 
+@pytest.mark.applies(
+    lambda script, loader: loader != ("expert" if script.task.demos else "demonstrations")
+)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_any_damage_to_a_file(script, loader, finish, tmp_path, quick, long, report):
-    if loader == ("demonstrations" if not script.task.demos else "expert"):
-        pytest.skip("loads none")
     argv, path = load(loader, script, finish(script), tmp_path)
     many, printed = 1_000 if long else 15, tmp_path / "printed.txt"
     run = Fork(

@@ -132,9 +132,8 @@ def test_evaluate_repeats_the_final_evaluation(case, finished, capsys):
     assert f"{result['return_mean']:.1f}" in line
 
 
+@pytest.mark.applies(lambda script: script.script != "gail_racecar_reinforce")  # PyBullet is slow
 def test_videos(script, finish, tmp_path):
-    if script.script == "gail_racecar_reinforce":
-        pytest.skip("the same text as gail_racecar_ppo's, and PyBullet draws slowly")
     shutil.copy(finish(script) / "policy.pt", tmp_path)
     argv = ["--evaluate", str(tmp_path / "policy.pt"), "--eval-episodes", "2", "--capture-video"]
     assert script.module.main(argv) == 0
@@ -145,9 +144,8 @@ def test_videos(script, finish, tmp_path):
 # --- the same bits --------------------------------------------------------------------------------
 
 
+@pytest.mark.applies(lambda case: case.task.demos)  # AggreVaTeD keeps the one that validates best
 def test_evaluation_changes_nothing(case, finished, tmp_path, quick):
-    if not case.task.demos:
-        pytest.skip("AggreVaTeD keeps the policy that its validation finds best")
     flags = ("--eval-every", 10**9, "--eval-episodes", 3)
     assert same(case.run(tmp_path / "run", *flags), weights(finished))
 
@@ -166,11 +164,8 @@ def test_another_seed_gives_another_policy(script, tmp_path, quick):
     assert not same(one, two)
 
 
+@pytest.mark.applies(lambda case: case.task.demos)  # AggreVaTeD learns from them
 def test_rewards_and_info_change_nothing(case, finished, tmp_path, monkeypatch, quick):
-    if not case.task.demos:
-        pytest.skip(
-            "the cost-to-go is what AggreVaTeD learns from, and the return what it selects by"
-        )
     make_envs = case.module.make_envs
 
     def make_envs_without_rewards(*args, **kwargs):
