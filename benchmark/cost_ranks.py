@@ -1,9 +1,10 @@
 """Does GAIL's learnt reward rank policies that its discriminator never saw?
 
-    python benchmark/run.py gail_cartpole gail_cartpole_controls
+    python benchmark/run.py gail_cartpole gail_cartpole_ablations gail_cartpole_controls
     python benchmark/cost_ranks.py
 
-The discriminators are those that `gail_cartpole` ends with. The policies are clones of thirty pairs
+The discriminators are those that `gail_cartpole` ends with, and those that have half of their
+negative pairs from earlier rollouts. The policies are clones of thirty pairs
 after more and more updates, those of the constant-reward control, and a random one; each plays 20
 episodes. What the reward -log(1 - D) says of them, summed over an episode or a step's mean, is held
 against their return and against their distance to the expert's occupancy, by rank correlation.
@@ -24,6 +25,10 @@ import gail_cartpole as gail  # noqa: E402
 
 RUNS, RESULT = ROOT / "runs" / "benchmark", ROOT / "benchmark" / "results" / "cost_ranks.json"
 SEEDS, ENV_ID, EPISODES = range(1, 11), "CartPole-v1", 20
+DISCRIMINATORS = {
+    "the newest rollout": [f"gail_cartpole__ppo__{seed}" for seed in SEEDS],
+    "and a memory of earlier ones": [f"gail_cartpole_ablations__memory__{s}" for s in range(1, 6)],
+}
 
 
 def clones(seed):
@@ -79,23 +84,23 @@ def main():
     distances = gail.occupancy_distances(ENV_ID, held_out, samples)
     closeness = -np.array([distances[str(i)] for i in range(len(policies))])
     returns = np.array([gail.statistics(e)["return_mean"] for _, e in policies])
-    found = {}
-    for seed in SEEDS:
-        network = discriminator(f"gail_cartpole__ppo__{seed}")
-        each = [rewards(network, episodes) for _, episodes in policies]
+    table, seeds = [], {}
+    for refuses, runs in DISCRIMINATORS.items():
+        each = [[rewards(discriminator(run), e) for _, e in policies] for run in runs]
         says = {
-            "summed over an episode": [np.mean([float(r.sum()) for r in rs]) for rs in each],
-            "mean of a step": [float(torch.cat(rs).mean()) for rs in each],
+            "summed over an episode": lambda steps: np.mean([float(r.sum()) for r in steps]),
+            "mean of a step": lambda steps: float(torch.cat(steps).mean()),
         }
-        for name, values in says.items():
-            line = found.setdefault(name, {"the return": [], "closeness to the expert": []})
-            line["the return"].append(rank_correlation(values, returns))
-            line["closeness to the expert"].append(rank_correlation(values, closeness))
-    table = []
-    for name, line in found.items():
-        spans = {k: f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for k, v in line.items()}
-        table.append({"learnt reward": name, **{f"with {k}": span for k, span in spans.items()}})
-    note = {"policies": len(policies), "returns": returns.tolist(), "seeds": found}
+        for name, value in says.items():
+            line = {"D refuses pairs of": refuses, "seeds": len(runs), "learnt reward": name}
+            values = [[value(steps) for steps in policy_rewards] for policy_rewards in each]
+            for goal, ranks in (("the return", returns), ("closeness to the expert", closeness)):
+                found = [rank_correlation(v, ranks) for v in values]
+                seeds[f"{refuses}, {name}, {goal}"] = found
+                span = f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+                line[f"with {goal}"] = span
+            table.append(line)
+    note = {"policies": len(policies), "returns": returns.tolist(), "correlations": seeds}
     command = "python benchmark/cost_ranks.py"
     RESULT.write_text(json.dumps({"command": command, "table": table, **note}, indent=1))
     for line in table:
