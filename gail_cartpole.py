@@ -16,9 +16,9 @@ the expert and balances too. `occupancy_distance` in summary.json tells them apa
 expert, 1 like a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-otherwise learns one demonstration by heart; (3) twenty steps of D a rollout; (4) the entropy bonus
-stands beside the normalised advantages; (5) an average of the policies is kept, not the last; (6) a
-choice of reward forms; the paper's is `gail`.
+keeps its logits small; (3) twenty steps of D a rollout; (4) the entropy bonus stands beside the
+normalised advantages; (5) an average of the policies is kept, not the last; (6) a choice of reward
+forms, of which `gail` is the paper's, and of an absorbing state.
 """
 
 # /// script
@@ -73,7 +73,7 @@ RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a short
     "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
     "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
 }
-FINAL_LR = 0.02  # the share of the learning rates that is left at the end of the default budget
+FINAL_LR = 0.02  # the share of policy's and critic's that is left at the end of the default budget
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -84,7 +84,12 @@ def add_settings(parser):
     flag = parser.add_argument_group("expert").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
-    flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
+    flag(
+        "--control",
+        choices=CONTROLS,
+        default="none",
+        help="what is reached without the expert's lesson",
+    )
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
     flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
@@ -94,7 +99,7 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), help=recipes("discount factor", "gamma"))
-    monte_carlo = "1: Monte Carlo; below it, the critic's word counts, where it may know nothing"
+    monte_carlo = "1: rewards to the rollout's end; below it, sooner the critic's word"
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=monte_carlo)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
@@ -103,7 +108,7 @@ def add_settings(parser):
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    absorbing = "let D value the state after a fall; otherwise its value is 0"
+    absorbing = "let D judge the state after a fall; otherwise its value is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
     flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
@@ -172,14 +177,14 @@ def standardisation(observations):
 
 
 def absorbing_pair(pairs):
-    """The pair that stands for an episode that has ended by itself, only the flag: (1, size)."""
+    """The pair that stands for an episode that ended by itself, 0 but for the flag: (1, size)."""
     return torch.eye(pairs.shape[-1], device=pairs.device)[-1:]
 
 
 def add_absorbing_pairs(pairs, ends, gamma):
     """One absorbing pair for each discounted step after an end: (n, size) -> (n + more, size).
 
-    DEVIATION: DAC (Kostrikov et al. 2019) adds one an end; this is its share of the occupancy."""
+    DEVIATION: DAC (Kostrikov et al. 2019) adds one an end."""
     rows = round(float(ends) / (1 - gamma))
     return torch.cat([pairs, absorbing_pair(pairs).expand(rows, -1)])
 
@@ -192,7 +197,7 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
 
-    Absorbing pairs are exempt: near to the expert's they would be held close to its logit. -> ()"""
+    Absorbing pairs count as 0: they lie near to the expert's, and would keep their logit. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = mix * expert_pairs + (1 - mix) * policy_pairs
     between = discriminator.standardise(between).requires_grad_()
@@ -239,7 +244,7 @@ def reinforce_loss(log_probs, advantages):
 def recent_average(average, weights, number):
     """The mean of all weights so far, the k-th counted k times; `number` came before these.
 
-    In convex problems it converges faster than the last ones (Lacoste-Julien et al. 2012)."""
+    Lacoste-Julien et al. 2012 weight so, for strongly convex problems."""
     return average + 2 / (number + 2) * (weights - average)
 
 
@@ -297,7 +302,8 @@ def rollout(cartpoles, policy, num_steps, device):
         observations = torch.as_tensor(cartpoles.observations, device=device)
         frame = cartpoles.step(policy(observations).sample().cpu().numpy())
         frames.append(frame)
-        returns += cartpoles.returns[frame[3] | frame[4]].tolist()
+        _, _, _, terminated, truncated, _ = frame
+        returns += cartpoles.returns[terminated | truncated].tolist()
     names = ("observations", "actions", "next_observations", "terminated", "truncated", "valid")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
     return dict(zip(names, columns)), returns
@@ -353,7 +359,7 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4: REINFORCE steps once, PPO with every minibatch; the critic always does."""
+    """Step 4: REINFORCE steps once, PPO with every minibatch, and so the critic in either."""
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -433,9 +439,9 @@ def train(args):
         if reinforce:
             cartpoles.reset()
         batch, returns = rollout(cartpoles, policy, args.num_steps, args.device)
-        run.count["env_steps"] += int(batch["valid"].sum())
-        run.count["updates"] += 1
         valid = batch["valid"]
+        run.count["env_steps"] += int(valid.sum())
+        run.count["updates"] += 1
 
         pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 7)
         policy_pairs = pairs[valid]

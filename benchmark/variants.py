@@ -245,7 +245,9 @@ def last_policy(script):
 
 
 def memory(script):
-    """Half of the pairs that D refuses are of earlier rollouts, 64 of each."""
+    """Half of the pairs that D refuses are of earlier rollouts, 64 of each.
+
+    It is not in the checkpoint: a run that is resumed begins a new one."""
     update_discriminator, remembered = script.update_discriminator, []
 
     def update(discriminator, optimizer, expert_pairs, policy_pairs, args):

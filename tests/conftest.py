@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="test_faults.py: by the hundred")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Leave out the parameters that `applies` says no of: a skip means that more could run."""
 
     def applies(item):
@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items):
         names = [inspect.signature(rule).parameters for rule in rules]
         return all(r(*(item.callspec.params[n] for n in ns)) for r, ns in zip(rules, names))
 
+    config.hook.pytest_deselected(items=[item for item in items if not applies(item)])
     items[:] = filter(applies, items)
 
 

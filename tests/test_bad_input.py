@@ -426,11 +426,15 @@ def test_weights_that_are_no_numbers(name, key, folder, refused):
     """In each network that the file holds."""
     path = folder / name
     parts = torch.load(path, weights_only=True)
-    networks = [k for k, part in parts.items() if any(str(n).endswith("weight") for n in part)]
+    networks = {}  # the name of a weight of each
+    for part, content in parts.items():
+        for weight in content if isinstance(content, dict) else []:
+            if weight.endswith("weight"):
+                networks[part] = weight
     assert key in networks
-    for network in networks:
+    for network, weight in networks.items():
         broken = copy.deepcopy(parts[network])
-        next(x for x in broken.values() if x.is_floating_point()).view(-1)[0] = float("nan")
+        broken[weight].view(-1)[0] = float("nan")
         torch.save({**parts, network: broken}, path)
         refused(["--evaluate", path] if key == "weights" else ["--resume", folder], path, "NaN")
 

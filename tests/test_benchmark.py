@@ -11,6 +11,7 @@ import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -109,6 +110,20 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
     assert bool(changed) == (variant is not variants.as_it_is)
     argv = SCRIPTS_BY_NAME[name].argv(tmp_path / "run", "--eval-episodes", 2)
     assert script.main(argv) == 0
+
+
+def test_a_memory_gives_half_of_what_the_discriminator_refuses():
+    """In the third rollout: 100 pairs of its own, and as many of the 64 that each one left."""
+    seen, minibatch = [], importlib.import_module("gail_cartpole").minibatch
+    script = SimpleNamespace(minibatch=minibatch, update_discriminator=lambda *a: seen.append(a[3]))
+    variants.memory(script)
+    for rollout in range(3):
+        pairs = torch.stack([torch.full((100,), float(rollout)), torch.arange(100.0)], -1)
+        script.update_discriminator(None, None, None, pairs, None)
+    assert torch.equal(seen[-1][:100], pairs) and len(seen[-1]) == 200
+    earlier = seen[-1][100:]
+    assert set(earlier[:, 0].tolist()) == {0.0, 1.0, 2.0}
+    assert all(len(earlier[earlier[:, 0] == k].unique(dim=0)) <= 64 for k in range(3))
 
 
 class KnownCritics(torch.nn.Module):
