@@ -132,7 +132,8 @@ def differences(command, args, root=ROOT):
         for flags in (command[first:], [])
     )
     known = {name: args.get(name, default[name]) for name in asked if name not in NOT_KEPT}
-    return [k for k, value in known.items() if asked[k] is not None and asked[k] != value]
+    changed = [k for k, value in known.items() if asked[k] is not None and asked[k] != value]
+    return changed + sorted(args.keys() - asked.keys())  # those that the script had once
 
 
 def main():

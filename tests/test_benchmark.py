@@ -85,6 +85,7 @@ def test_settings_that_a_command_does_not_ask_for(flags, differ):
     command = ["gail_cartpole.py", "--seed", "3", *flags]
     assert sorted(run.differences(command, args)) == differ
     assert run.differences(["benchmark/variants.py", "states-only", *command], args) == differ
+    assert run.differences(command, {**args, "gone": 64})[-1] == "gone"
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS.values(), ids=variants.VARIANTS)
