@@ -912,10 +912,10 @@ def draw(summary, path):
 def show(policy, args, folder):
     """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
-        env = gym.make(args.env_id, render_mode=mode)
-        if mode == "rgb_array":
-            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
         try:
+            env = gym.make(args.env_id, render_mode=mode)
+            if mode == "rgb_array":
+                env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
             with env:
                 for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
                     (observation, _), over = env.reset(seed=seed), False

@@ -84,12 +84,7 @@ def add_settings(parser):
     flag = parser.add_argument_group("expert").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
-    flag(
-        "--control",
-        choices=CONTROLS,
-        default="none",
-        help="what is reached without the expert's lesson",
-    )
+    flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
     flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
@@ -99,8 +94,8 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), help=recipes("discount factor", "gamma"))
-    monte_carlo = "1: rewards to the rollout's end; below it, sooner the critic's word"
-    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=monte_carlo)
+    lambdas = "1: rewards to the rollout's end; below it, sooner the critic's word"
+    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
@@ -965,10 +960,10 @@ def draw(summary, path):
 def show(policy, args, folder):
     """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
-        env = gym.make(args.env_id, render_mode=mode)
-        if mode == "rgb_array":
-            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
         try:
+            env = gym.make(args.env_id, render_mode=mode)
+            if mode == "rgb_array":
+                env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
             with env:
                 for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
                     (observation, _), over = env.reset(seed=seed), False

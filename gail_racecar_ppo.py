@@ -82,7 +82,7 @@ CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert"
 def add_settings(parser):
     flag = parser.add_argument_group("expert").add_argument
     flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
-    flag("--control", choices=CONTROLS, default="none", help="what it reaches, no expert taught")
+    flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=600_000, help="environment steps")
     schedule = "steps over which the step sizes and the deviation of the actions fall"
@@ -991,10 +991,10 @@ def draw(summary, path):
 def show(policy, args, folder):
     """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
-        env = gym.make(args.env_id, render_mode=mode)
-        if mode == "rgb_array":
-            env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
         try:
+            env = gym.make(args.env_id, render_mode=mode)
+            if mode == "rgb_array":
+                env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
             with env:
                 for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
                     (observation, _), over = env.reset(seed=seed), False

@@ -4,10 +4,10 @@
     python benchmark/cost_ranks.py
 
 The discriminators are those that `gail_cartpole` ends with, and those that have half of their
-negative pairs from earlier rollouts. The policies are clones of thirty pairs
-after more and more updates, those of the constant-reward control, and a random one; each plays 20
-episodes. What the reward -log(1 - D) says of them, summed over an episode or a step's mean, is held
-against their return and against their distance to the expert's occupancy, by rank correlation.
+negative pairs from earlier rollouts. The policies are clones of thirty pairs after more and more
+updates, those of the constant-reward control, and a random one; each plays 20 episodes. What the
+reward -log(1 - D) says of them, summed over an episode or a step's mean, is held against their
+return and against their distance to the expert's occupancy, by rank correlation.
 """
 
 import json
@@ -86,7 +86,8 @@ def main():
     returns = np.array([gail.statistics(e)["return_mean"] for _, e in policies])
     table, seeds = [], {}
     for refuses, runs in DISCRIMINATORS.items():
-        each = [[rewards(discriminator(run), e) for _, e in policies] for run in runs]
+        networks = map(discriminator, runs)
+        each = [[rewards(network, e) for _, e in policies] for network in networks]
         says = {
             "summed over an episode": lambda steps: np.mean([float(r.sum()) for r in steps]),
             "mean of a step": lambda steps: float(torch.cat(steps).mean()),

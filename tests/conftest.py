@@ -24,8 +24,11 @@ def pytest_collection_modifyitems(config, items):
         names = [inspect.signature(rule).parameters for rule in rules]
         return all(r(*(item.callspec.params[n] for n in ns)) for r, ns in zip(rules, names))
 
-    config.hook.pytest_deselected(items=[item for item in items if not applies(item)])
-    items[:] = filter(applies, items)
+    kept, left = [], []
+    for item in items:
+        (kept if applies(item) else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 def present(case):

@@ -112,17 +112,22 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
 
 
 def test_a_memory_gives_half_of_what_the_discriminator_refuses():
-    """In the third rollout: 100 pairs of its own, and as many of the 64 that each one left."""
-    seen, minibatch = [], importlib.import_module("gail_cartpole").minibatch
-    script = SimpleNamespace(minibatch=minibatch, update_discriminator=lambda *a: seen.append(a[3]))
+    """In the third rollout: 100 pairs of its own, and 100 out of 64 that each one left."""
+    refused, remembered = [], []
+
+    def minibatch(pairs, number):
+        remembered.append(pairs)
+        return pairs[:number]
+
+    script = SimpleNamespace(minibatch=minibatch)
+    script.update_discriminator = lambda d, optimizer, expert, policy, args: refused.append(policy)
     variants.memory(script)
     for rollout in range(3):
         pairs = torch.stack([torch.full((100,), float(rollout)), torch.arange(100.0)], -1)
         script.update_discriminator(None, None, None, pairs, None)
-    assert torch.equal(seen[-1][:100], pairs) and len(seen[-1]) == 200
-    earlier = seen[-1][100:]
-    assert set(earlier[:, 0].tolist()) == {0.0, 1.0, 2.0}
-    assert all(len(earlier[earlier[:, 0] == k].unique(dim=0)) <= 64 for k in range(3))
+    assert torch.equal(refused[-1], torch.cat([pairs, remembered[-1][:100]]))
+    assert remembered[-1][:, 0].tolist() == [0.0] * 64 + [1.0] * 64 + [2.0] * 64
+    assert len(remembered[-1].unique(dim=0)) == 3 * 64
 
 
 class KnownCritics(torch.nn.Module):
