@@ -25,6 +25,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from filelock import FileLock, Timeout  # torch's own requirement
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,12 +151,17 @@ def main():
         if name not in table:
             parser.error(f"no experiment {name}; there are {', '.join(table)}")
     args.results.mkdir(parents=True, exist_ok=True)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         prepare(table[name])
-        runs, out = list(expand(name, table[name])), args.out.resolve()
+        runs = list(expand(name, table[name]))
         done = on_ray(runs, out) if args.ray else local(runs, out, args.jobs)
         try:
-            summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))
+            with FileLock(out / f"{name}.lock", blocking=False):
+                summaries = dict(tqdm(done, total=len(runs), desc=name, smoothing=0))
+        except Timeout:
+            raise SystemExit(f"{name} is being run in {out} by another process") from None
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
         rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]

@@ -17,7 +17,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the parameters that `applies` says no of: a skip means that more could run."""
+    """Leave out the parameters that `applies` says no of: a skip means that more could run.
+
+    Raises UsageError where that would leave nothing of a test."""
 
     def applies(item):
         rules = [mark.args[0] for mark in item.iter_markers("applies")]
@@ -27,6 +29,10 @@ def pytest_collection_modifyitems(config, items):
     kept, left = [], []
     for item in items:
         (kept if applies(item) else left).append(item)
+    silenced = {item.function for item in left} - {item.function for item in kept}
+    if silenced and not any("::" in word for word in config.args):
+        names = ", ".join(sorted(test.__name__ for test in silenced))
+        raise pytest.UsageError(f"`applies` says no to every parameter of {names}")
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

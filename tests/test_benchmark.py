@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -282,7 +283,7 @@ variants."ppo" = "--total-steps 5000 --eval-every 1000 --eval-episodes 2"
 
 def run_small(folder, *flags, **environment):
     """Start the experiment SMALL with its runs and its result in `folder`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "small.toml").write_text(SMALL)
     command = [sys.executable, "benchmark/run.py", "small", "--experiments", folder / "small.toml"]
     command += ["--out", folder / "runs", "--results", folder, *flags]
@@ -335,6 +336,15 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, expected):
     (child,) = (int(pid) for task in tasks for pid in task.read_text().split())
     os.kill(child, signal.SIGKILL)
     assert result_of(process, tmp_path / "cut") == expected
+
+
+def test_no_run_is_made_twice_at_a_time(tmp_path):
+    (tmp_path / "cut" / "runs").mkdir(parents=True)
+    with FileLock(tmp_path / "cut" / "runs" / "small.lock"):
+        process = run_small(tmp_path / "cut")
+        assert process.wait(timeout=60) == 1
+    assert "small is being run" in process.stderr.read()
+    assert not list((tmp_path / "cut").glob("*.json"))
 
 
 def test_a_ray_cluster_that_loses_a_node_makes_the_same_table(tmp_path, expected):
