@@ -100,8 +100,10 @@ def add_settings(parser):
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
+    anneal = "let it fall to 0 in each iteration: for an expert hard to fit"
+    flag("--anneal", action=argparse.BooleanOptionalAction, default=False, help=anneal)
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
-    standard = "the networks' inputs, by the expert's first trajectories: for one hard to fit"
+    standard = "the networks' inputs, by the expert's first trajectories: for the same"
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
@@ -450,7 +452,10 @@ def improve(policy, critics, optimizer, transitions, weight, args):
     """Step 3, on the states of all trajectories so far; returns the means of the updates."""
     critics.requires_grad_(False)
     total = torch.zeros((), device=args.device)
-    for _ in range(args.policy_updates):
+    for update in range(args.policy_updates):
+        if args.anneal:
+            left = 1 - update / args.policy_updates
+            optimizer.param_groups[0]["lr"] = args.policy_lr * left
         batch = transitions.sample(args.batch_size, args.device)
         states = (batch["observations"], batch["expert_actions"])
         if args.algorithm == "dagger":

@@ -175,6 +175,28 @@ def settings(**changes):
     return args
 
 
+@pytest.mark.parametrize(
+    "flag, falling", [("--anneal", [1, 0.75, 0.5, 0.25]), ("--no-anneal", [1] * 4)]
+)
+def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
+    """Of each iteration anew, so that a longer run begins as a shorter one does."""
+    seen, descend = [], script.descend
+
+    def recorded(optimizer, loss):
+        seen.append(optimizer.param_groups[0]["lr"])
+        descend(optimizer, loss)
+
+    monkeypatch.setattr(script, "descend", recorded)
+    args = script.parse_args([flag, "--policy-updates", "4", "--policy-lr", "0.5"])
+    policy, critics = script.Policy(8, 0.1), script.Critics([script.relu_mlp(28, 8, 1)] * 2)
+    optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr)
+    transitions = script.Transitions()
+    transitions.add({k: torch.ones(3, *x.shape[1:]) > 0 for k, x in transitions.columns.items()})
+    for _ in range(2):
+        script.improve(policy, critics, optimizer, transitions, 1.0, args)
+    assert seen == [0.5 * share for share in falling] * 2
+
+
 @pytest.mark.parametrize("flag", ["--standardize", "--no-standardize"])
 def test_what_is_standardized(flag, tmp_path):
     """By the states of the first iteration, which a checkpoint holds, and critics with actions."""
