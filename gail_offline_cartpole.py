@@ -65,7 +65,7 @@ TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC 
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
-SCHEDULE, FINAL_LR = 4_000, 0.05  # the step sizes fall over so many updates, to this share
+SCHEDULE, FINAL_LR = 4_000, 0.005  # the step sizes fall over so many updates, to this share
 LOG_EVERY = 100  # updates
 
 

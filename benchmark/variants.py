@@ -57,6 +57,11 @@ def biases_near_0(script):
     script.spread = lambda layer, inputs: None
 
 
+def larger_final_lr(script):
+    """The step sizes end at 5 % of the first ones."""
+    script.FINAL_LR = 0.05
+
+
 def no_advantage(script):
     """AggreVaTeD's roll-ins and states, but A* is 0: what is left is imitation."""
     script.cautious_advantages = lambda critics, observations, actions, *_: 0 * actions.sum(-1)
@@ -275,7 +280,7 @@ VARIANTS = {
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
         *(biases_near_0, states_only, next_states, linear_policy, last_policy, memory),
-        *(plain_discriminator, plain_gradient),
+        *(plain_discriminator, plain_gradient, larger_final_lr),
         *(no_advantage, score_function, natural_gradient, min_max_weights, executed_actions),
         *(expert_rolls_in, learner_rolls_in),
     )

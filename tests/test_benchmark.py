@@ -96,7 +96,7 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
     walker += (variants.natural_gradient, variants.min_max_weights)
     walker += (variants.executed_actions, variants.expert_rolls_in, variants.learner_rolls_in)
     name = "aggrevated_bipedal" if variant in walker else name
-    offline = (variants.plain_discriminator, variants.plain_gradient)
+    offline = (variants.plain_discriminator, variants.plain_gradient, variants.larger_final_lr)
     name = "gail_offline_cartpole" if variant in offline else name
     if "racecar" in name and not PYBULLET:
         pytest.skip("no pybullet")
