@@ -100,10 +100,10 @@ def add_settings(parser):
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
-    anneal = "let it fall to 0 in each iteration: for an expert hard to fit"
+    anneal = "let --policy-lr fall to 0 in each iteration: for an expert hard to fit"
     flag("--anneal", action=argparse.BooleanOptionalAction, default=False, help=anneal)
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
-    standard = "the networks' inputs, by the expert's first trajectories: for the same"
+    standard = "the networks' inputs, by the expert's first trajectories: for one hard to fit"
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the two hidden layers")
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Leave out the parameters that `applies` says no of: a skip means that more could run.
 
-    A test of which that would leave nothing is kept, and fails; without pybullet it may."""
+    A test that would have none left keeps them, and fails, unless pybullet is missing."""
 
     def applies(item):
         rules = [mark.args[0] for mark in item.iter_markers("applies")]
