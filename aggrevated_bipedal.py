@@ -97,7 +97,8 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help="step 3")
+    steps = "dagger imitates: no Q*, and roll-ins with neither noise nor the expert's tail"
+    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=steps)
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     anneal = "let --policy-lr fall to 0 in each iteration: for an expert hard to fit"
@@ -478,7 +479,7 @@ def train(args):
     if args.refit_critic:
         sizes = (28, args.critic_hidden, args.critic_hidden, 1)
         critics = Critics(relu_mlp(*sizes) for _ in range(args.critics)).to(args.device)
-    ema = get_ema_multi_avg_fn(0.95)  # at 0.99 Q* comes to a third of its level
+    ema = get_ema_multi_avg_fn(0.95)  # with 0.99 Q* rises too slowly
     target = AveragedModel(critics, multi_avg_fn=ema)
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
@@ -507,7 +508,7 @@ def train(args):
             if args.refit_critic:
                 scalars |= refit(critics, target, critic_optimizer, transitions, args)
             scalars["critics/correlation_after"] = agreement(critics, batch, args)
-        weight = 1 - alpha  # while the expert walks, the learner imitates it
+        weight = 1 - alpha  # at first the learner only imitates
         scalars |= improve(policy, critics, optimizer, transitions, weight, args)
         run.record(scalars, policy, best)
     return run.finish(best)
@@ -561,7 +562,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"validate: in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"validate: in {BUDGET}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")

@@ -153,7 +153,7 @@ def min_max_weights(script):
 
 
 def executed_actions(script):
-    """The authors' code: log pi of the actions that were taken, by r + gamma V*(s') - V*(s)."""
+    """The weight of the authors' code: log pi of the actions taken, by r + gamma V*(s') - V*(s)."""
 
     def improve(policy, critics, optimizer, transitions, weight, args):
         columns = transitions.columns
