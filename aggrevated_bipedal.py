@@ -97,8 +97,8 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
-    steps = "dagger imitates: no Q*, and roll-ins with neither noise nor the expert's tail"
-    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=steps)
+    dagger = "dagger imitates: no Q*, and roll-ins with neither noise nor the expert's tail"
+    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     anneal = "let --policy-lr fall to 0 in each iteration: for an expert hard to fit"
