@@ -21,8 +21,9 @@ from filelock import FileLock
 from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-report, run, variants, bipedal_gradients = (
-    importlib.import_module(name) for name in ("report", "run", "variants", "bipedal_gradients")
+report, run, variants, bipedal_gradients, bipedal_unseen = (
+    importlib.import_module(name)
+    for name in ("report", "run", "variants", "bipedal_gradients", "bipedal_unseen")
 )
 
 SCRIPTS_BY_NAME = {case.script: case for case in SCRIPTS}
@@ -198,6 +199,35 @@ def test_estimators_that_are_right_agree(walker_states):
     real, one_step, fresh, reparameterised, _ = rows.values()
     assert reparameterised["own"] > 0.99 and fresh["own"] > one_step["own"] > real["own"] > 0.1
     assert all(0.8 < row["corrected"] < 1.2 for row in (one_step, fresh, reparameterised))
+
+
+@pytest.mark.parametrize("chance", [True, False])
+def test_unseen_trajectories_tell_what_was_learnt_by_heart(chance, tmp_path, monkeypatch, capsys):
+    """Actions drawn at random can only be learnt by heart; a function of the state is learnt."""
+    torch.manual_seed(0)
+    observations, last = torch.randn(4_000, 24), (torch.arange(4_000) + 1) % 40 == 0
+    actions = 0.5 * (torch.randn(4_000, 4) if chance else observations[:, :4]).tanh()
+    columns = {"observations": observations, "expert_actions": actions, "last": last}
+    torch.save({"transitions": columns}, tmp_path / "checkpoint.pt")
+    settings = {"script": "aggrevated_bipedal", "hidden": 64}
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    command = ["bipedal_unseen.py", str(tmp_path), "--splits", "1", "--updates", "1500"]
+    monkeypatch.setattr(sys, "argv", command)
+    bipedal_unseen.main()
+    fits = json.loads(capsys.readouterr().out)["fits"]
+    assert [fit["trajectories"] for fit in fits] == [11, 22, 45, 90]
+    assert [fit["steps"] for fit in fits] == [440, 880, 1800, 3600]
+    variance = float(actions.var(0).sum())
+    assert fits[0]["learnt"] < 0.1 * variance and fits[-1]["learnt"] < fits[-1]["unseen"]
+    if chance:
+        assert all(fit["unseen"] > variance for fit in fits)
+    else:
+        assert fits[-1]["unseen"] < 0.1 * variance and fits[-1]["unseen"] < fits[0]["unseen"]
+
+
+def test_the_steps_of_a_trajectory():
+    last = torch.tensor([False, True, True, False, False, True])
+    assert bipedal_unseen.trajectory_of(last).tolist() == [0, 0, 1, 2, 2, 2]
 
 
 def test_the_score_function_of_fresh_actions_is_the_gradient(walker_states, monkeypatch):
