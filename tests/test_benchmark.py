@@ -209,9 +209,9 @@ def test_unseen_trajectories_tell_what_was_learnt_by_heart(chance, tmp_path, mon
     actions = 0.5 * (torch.randn(4_000, 4) if chance else observations[:, :4]).tanh()
     columns = {"observations": observations, "expert_actions": actions, "last": last}
     torch.save({"transitions": columns}, tmp_path / "checkpoint.pt")
-    settings = {"script": "aggrevated_bipedal", "hidden": 64}
+    settings = {"script": "aggrevated_bipedal", "hidden": 64, "policy_lr": 1e-2}
     (tmp_path / "args.json").write_text(json.dumps(settings))
-    command = ["bipedal_unseen.py", str(tmp_path), "--splits", "1", "--updates", "1500"]
+    command = ["bipedal_unseen.py", str(tmp_path), "--splits", "1", "--updates", "500"]
     monkeypatch.setattr(sys, "argv", command)
     bipedal_unseen.main()
     fits = json.loads(capsys.readouterr().out)["fits"]
