@@ -5,7 +5,7 @@ The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/n
             take a step on -log pi(action | state)
 No environment is stepped. What to do where the expert never was, nobody taught it: its errors
 carry it there, and there it errs more (Ross & Bagnell 2010). So the accuracy on held-out pairs, all
-from where the expert was, hardly tells how long it will balance.
+from where the expert was, can be high and the pole fall all the same.
 
     python bc_cartpole.py --updates 500             a look around: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations

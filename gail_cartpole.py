@@ -12,8 +12,8 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER     go on where a run stopped
 
 Expect a return of 500. By itself it proves nothing: `--control constant-reward` learns nothing from
-the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 moves like the
-expert, 1 like a random policy. docs/gail_cartpole.md has the results.
+the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 is where the
+expert was, 1 as far off as a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 keeps its logits small; (3) twenty steps of D a rollout; (4) the entropy bonus stands beside the

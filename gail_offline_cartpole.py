@@ -73,7 +73,7 @@ def add_settings(parser):
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--updates", type=number(int, 1), default=SCHEDULE, help="of the discriminator")
-    flag("--batch-size", type=number(int, 1), default=64, help="expert states an update")
+    flag("--batch-size", type=number(int, 1), default=64, help="expert states a step")
     flag("--policy-lr", type=number(float, 0), default=1e-2, help="step size of Adam")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each of the discriminator's")

@@ -70,7 +70,7 @@ TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-FINAL_LR = 0.05  # the step sizes fall to this share, over --schedule
+FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
 METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
@@ -85,7 +85,7 @@ def add_settings(parser):
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=600_000, help="environment steps")
-    schedule = "steps over which the step sizes and the deviation of the actions fall"
+    schedule = "steps over which the actions' deviation and the step sizes but the critic's fall"
     flag("--schedule", type=number(int, 1), default=600_000, help=schedule)
     flag("--num-envs", type=number(int, 1), default=8, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each a rollout")
@@ -129,7 +129,7 @@ def mlp(*sizes):
 def spread(layer, inputs):
     """Let each unit of the first layer turn at one of the inputs: (rows, in).
 
-    With biases near 0 all turn near the track's origin, and are flat in its far corners."""
+    With biases near 0 all turn near the track's origin, and D's are mostly flat far from it."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 

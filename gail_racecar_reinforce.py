@@ -85,7 +85,7 @@ def add_settings(parser):
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps")
-    schedule = "steps over which the step sizes and the deviation of the actions fall"
+    schedule = "steps over which the actions' deviation and the step sizes but the critic's fall"
     flag("--schedule", type=number(int, 1), default=2_000_000, help=schedule)
     flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
@@ -130,7 +130,7 @@ def mlp(*sizes):
 def spread(layer, inputs):
     """Let each unit of the first layer turn at one of the inputs: (rows, in).
 
-    With biases near 0 all turn near the track's origin, and are flat in its far corners."""
+    With biases near 0 all turn near the track's origin, and D's are mostly flat far from it."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 

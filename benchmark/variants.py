@@ -21,13 +21,13 @@ def as_it_is(script):
 
 
 def places_by_15(script):
-    """The first attempts' scale of x and y: divided by the track's length. D's units stay 0.2 m."""
+    """The first attempts' scale of x and y: divided by 15, the track's. D's units stay 0.2 m."""
     script.METRE = 1 / 15
     script.UNITS = [0.2 / 15, 0.2 / 15, *script.UNITS[2:]]
 
 
 def no_critic(script):
-    """Advantages are discounted rewards, as the first attempts had them: every value is 0."""
+    """Every value is 0: advantages are rewards, discounted by gamma * lambda."""
 
     class NoCritic(script.Critic):
         def forward(self, observations):
