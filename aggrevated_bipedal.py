@@ -74,7 +74,7 @@ FALL = -100.0  # what the task takes for a fall; every other step pays or costs 
 
 def add_settings(parser):
     flag = parser.add_argument_group("expert").add_argument
-    shipped = "weak or good (shipped), or a .zip of stable-baselines3's SAC or TD3"
+    shipped = "weak or good (shipped; hardcore: good), or a .zip of stable-baselines3's SAC or TD3"
     flag("--expert", default="weak", metavar="NAME", help=shipped)
     flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to tell its score")
     few = "to choose the best policy by; where falls are rare, few episodes choose by luck"
@@ -91,7 +91,7 @@ def add_settings(parser):
     flag = parser.add_argument_group("Q*").add_argument
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
-    flag("--critics", type=number(int, 2), default=2, help="networks; their spread is doubt")
+    flag("--critics", type=number(int, 2), default=2, help="of a refit; their spread is doubt")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="hidden layers' width")
     flag("--critic-updates", type=number(int, 0), default=1_000, help="an iteration")
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
@@ -126,7 +126,7 @@ def relu_mlp(*sizes):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / deviation of the sample last given to `measure`: (..., size) -> (..., size)."""
+    """(x - mean) / deviation, at least LEAST_DEVIATION, of a sample: (..., size) -> (..., size)."""
 
     def __init__(self, size):
         super().__init__()
@@ -305,7 +305,7 @@ class Walkers:
 
 
 def make_envs(env_id, num_envs):
-    """CHANGE ME: the task, with FALL: of its ends only that one is at value 0."""
+    """CHANGE ME: the task, with FALL, its only end at value 0, and the sizes 24, 4 and 28."""
     return Walkers(env_id, num_envs)
 
 
@@ -492,7 +492,7 @@ def train(args):
         alpha = max(0.0, 1 - run.count["updates"] / args.mixing)
         envs = make_envs(args.env_id, args.num_envs)
         batch = roll_in(envs, policy, expert, alpha, args)
-        if args.standardize and run.count["updates"] == 0:  # the expert alone walked
+        if args.standardize and run.count["updates"] == 0:  # the expert began all
             policy.network[0].measure(batch["observations"])
             if args.refit_critic:
                 pairs = torch.cat([batch["observations"], batch["actions"]], -1)
@@ -534,7 +534,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -542,12 +542,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a finite int or float of [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -561,7 +561,7 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"validate: in {BUDGET}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
@@ -574,6 +574,7 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -735,10 +736,7 @@ def tensors(episodes, device="cpu"):
 
 def versions():
     names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 class Run:
@@ -748,21 +746,17 @@ class Run:
 
     def __init__(self, args):
         began = time.perf_counter()
-        torch.set_num_threads(args.num_threads)
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        self.expert = make_expert(args)
         name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.folder = Path(args.resume or Path(args.out, args.run_name or name))
-        if not args.resume:
-            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
+        fresh = args.resume or not self.folder.exists()
+        check(fresh, f"{self.folder}: exists already, expected a new folder")
+        self.expert = make_expert(args)
         seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # the final evaluation's, to be paired
         episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
         print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
         self.others, self.held_out = np.split(np.array(episodes), [-(len(episodes) // 5)])
-        if not args.resume:
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -771,9 +765,14 @@ class Run:
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
+            evaluated = self.curve or not self.finished
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+        else:
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # once there is a checkpoint, nothing makes the folder again
+        if not args.resume:  # the log made, nothing makes the folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
@@ -820,7 +819,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
                 raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
             self.log.add_scalar(tag, value, now)
         due = self.finished or now // every > self.count["evaluated"] // every
@@ -838,7 +837,7 @@ class Run:
         if due or time.perf_counter() - self.saved > 10:
             self.save()
             self.saved = time.perf_counter()
-        self.bar.update(now - self.bar.n)
+        self.bar.update(min(now, self.bar.total) - self.bar.n)
         self.clock = time.perf_counter() - self.seconds  # saving does not count
 
     def evaluate(self, policy, offset, episodes):
@@ -871,10 +870,9 @@ class Run:
             solved = next((p for p in self.curve if p[METRIC] >= TASKS[env_id]), kept)
         verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
         if solved:
-            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
-        verdict += (
-            f"; {gains.mean():+.1f} +- {gains.std() / len(gains) ** 0.5:.1f} (s.e.) to its expert"
-        )
+            verdict = f"solved at {solved[CLOCK]:,} {BUDGET}, {solved['wall_seconds']:.1f} s"
+        error = gains.std(ddof=1) / len(gains) ** 0.5
+        verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) to its expert"
         summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
         summary |= {name: self.count[name] for name in ("env_steps", "updates")}
         summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
@@ -954,13 +952,15 @@ def evaluate_file(args):
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
     show(policy, args, folder)
-    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+    episodes = f"{result['episodes']} episodes of {args.env_id}"
+    print(f"{args.evaluate}: {describe(result)} over {episodes}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
+        torch.set_num_threads(args.num_threads)
         if args.evaluate:
             evaluate_file(args)
         else:
@@ -970,7 +970,10 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        command = "as before"
+        if Run.latest:
+            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

@@ -73,7 +73,7 @@ RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a short
     "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
     "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
 }
-FINAL_LR = 0.02  # the share of policy's and critic's that is left at the end of the default budget
+FINAL_LR = 0.02  # the share of both step sizes that is left at the end of the default budget
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -87,14 +87,14 @@ def add_settings(parser):
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
-    flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
+    flag("--total-steps", type=number(int, 1), help=recipes("in whole rollouts", "total_steps"))
     flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
     flag("--num-steps", type=number(int, 3), help=recipes("steps of each a rollout", "num_steps"))
-    flag("--policy-lr", type=number(float, 0), help=recipes("step size of Adam", "policy_lr"))
+    flag("--policy-lr", type=number(float, 0), help=recipes("Adam's first step size", "policy_lr"))
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), help=recipes("discount factor", "gamma"))
-    lambdas = "1: rewards to the rollout's end; below it, sooner the critic's word"
+    lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
@@ -105,7 +105,7 @@ def add_settings(parser):
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     absorbing = "let D judge the state after a fall; otherwise its value is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
-    flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
+    flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
@@ -291,7 +291,7 @@ class CartPoles:
 
 @torch.no_grad()
 def rollout(cartpoles, policy, num_steps, device):
-    """`num_steps` transitions of each environment: a dict of (num_steps, num_envs, ...)."""
+    """Steps of each environment, a dict of (num_steps, num_envs, ...), and the ended returns."""
     frames, returns = [], []
     for _ in range(num_steps):
         observations = torch.as_tensor(cartpoles.observations, device=device)
@@ -350,11 +350,11 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
         total += loss.detach()
-    return {"losses/discriminator": float(total) / max(args.discriminator_updates, 1)}
+    return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4: REINFORCE steps once, PPO with every minibatch, and so the critic in either."""
+    """Step 4: the policy steps once or, with PPO, on every minibatch; the critic on every one."""
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -406,20 +406,18 @@ def train(args):
     discriminator = Discriminator(args.hidden, *standardisation(observations)).to(args.device)
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
+        check(not args.num_pairs, "--num-pairs: expected --no-absorbing, whose pairs outweigh few")
         falls = sum(episode["terminated"] for episode in run.demos)
         expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
-    discriminator_optimizer = torch.optim.Adam(
-        discriminator.parameters(), args.discriminator_lr, fused=True
-    )
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     average = AveragedModel(policy, avg_fn=recent_average)
     cartpoles = CartPoles(args.env_id, args.num_envs)
     cartpoles.reset(args.seed)
-    optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    networks = {"policy": policy, "average": average}
-    networks |= {"critic": critic, "discriminator": discriminator}
-    run.start(**networks, **optimizers, cartpoles=cartpoles)
+    parts = {"policy": policy, "average": average, "critic": critic, "cartpoles": cartpoles}
+    parts |= {"discriminator": discriminator, "discriminator_optimizer": d_optimizer}
+    run.start(**parts, optimizer=optimizer)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
             rows = torch.randint(len(actions), (64,))
@@ -445,12 +443,12 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, args
-            )
+            both = (expert_pairs, policy_pairs)
+            losses = update_discriminator(discriminator, d_optimizer, *both, args)
 
         with torch.no_grad():
-            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            logits = discriminator(pairs)
+            expert_logits = discriminator(expert_pairs[: len(actions)])  # not the absorbing ones
             rewards = imitation_reward(logits, args.reward)
             absorbing_value = torch.zeros((), device=args.device)
             if absorbing:
@@ -462,9 +460,8 @@ def train(args):
             next_values = critic(batch["next_observations"]).squeeze(-1)
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)
             done = batch["terminated"] | batch["truncated"]
-            advantages = generalized_advantages(
-                rewards, values, next_values, done, args.gamma, args.gae_lambda
-            )
+            settings = (args.gamma, args.gae_lambda)
+            advantages = generalized_advantages(rewards, values, next_values, done, *settings)
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
         average.update_parameters(policy)
@@ -485,9 +482,9 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
-# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
-# BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy, make_envs, make_expert and
-# train.
+# script with demonstrations and holds nothing of the algorithm: read it once. From above it takes
+# TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
@@ -504,7 +501,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -512,12 +509,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a finite int or float of [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -531,16 +528,16 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each to keep (default: all)")
+    flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
-    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
@@ -548,6 +545,7 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -680,7 +678,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -786,10 +784,7 @@ def tensors(episodes, device="cpu"):
 
 def versions():
     names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 class Run:
@@ -799,16 +794,13 @@ class Run:
 
     def __init__(self, args):
         began = time.perf_counter()
-        torch.set_num_threads(args.num_threads)
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        self.demos, self.others, self.held_out = load_demos(args)
         name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.folder = Path(args.resume or Path(args.out, args.run_name or name))
-        if not args.resume:
-            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        fresh = args.resume or not self.folder.exists()
+        check(fresh, f"{self.folder}: exists already, expected a new folder")
+        self.demos, self.others, self.held_out = load_demos(args)
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -817,9 +809,14 @@ class Run:
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
+            evaluated = self.curve or not self.finished
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+        else:
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # once there is a checkpoint, nothing makes the folder again
+        if not args.resume:  # the log made, nothing makes the folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
@@ -866,7 +863,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
                 raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
             self.log.add_scalar(tag, value, now)
         due = self.finished or now // every > self.count["evaluated"] // every
@@ -881,7 +878,7 @@ class Run:
         if due or time.perf_counter() - self.saved > 10:
             self.save()
             self.saved = time.perf_counter()
-        self.bar.update(now - self.bar.n)
+        self.bar.update(min(now, self.bar.total) - self.bar.n)
         self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
 
     def evaluate(self, policy, offset):
@@ -909,9 +906,11 @@ class Run:
         for name, result in results.items():
             if result:
                 result["occupancy_distance"] = distances[name]
-        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        points = [*self.curve, learner]
+        failures = [i for i, point in enumerate(points) if point[METRIC] < TASKS[env_id]]
         solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
-        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        last = points[failures[-1] if failures else -1]
+        verdict = f"not solved: {METRIC} {last[METRIC]:.4g} of {TASKS[env_id]:g}"
         if solved:
             verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
         pairs = tensors(self.demos)
@@ -996,13 +995,15 @@ def evaluate_file(args):
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
     show(policy, args, folder)
-    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+    episodes = f"{result['episodes']} episodes of {args.env_id}"
+    print(f"{args.evaluate}: {describe(result)} over {episodes}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
+        torch.set_num_threads(args.num_threads)
         if args.record_demos:
             record_demos(Path(args.record_demos), args)
         elif args.evaluate:
@@ -1014,7 +1015,10 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        command = "as before"
+        if Run.latest:
+            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

@@ -74,7 +74,7 @@ def add_settings(parser):
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--updates", type=number(int, 1), default=SCHEDULE, help="of the discriminator")
     flag("--batch-size", type=number(int, 1), default=64, help="expert states a step")
-    flag("--policy-lr", type=number(float, 0), default=1e-2, help="step size of Adam")
+    flag("--policy-lr", type=number(float, 0), default=1e-2, help="Adam's first step size")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each of the discriminator's")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -190,7 +190,8 @@ def train(args):
     )
 
     while not run.finished:
-        for _ in range(min(LOG_EVERY, args.updates - run.count["updates"])):
+        until_logged = LOG_EVERY - run.count["updates"] % LOG_EVERY
+        for _ in range(min(until_logged, args.updates - run.count["updates"])):
             left = max(1 - run.count["updates"] / SCHEDULE, FINAL_LR)
             policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
             optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
@@ -222,9 +223,9 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
-# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
-# BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy, make_envs, make_expert and
-# train.
+# script with demonstrations and holds nothing of the algorithm: read it once. From above it takes
+# TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
@@ -241,7 +242,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -249,12 +250,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a finite int or float of [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -268,16 +269,16 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each to keep (default: all)")
+    flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
-    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
@@ -285,6 +286,7 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -417,7 +419,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -523,10 +525,7 @@ def tensors(episodes, device="cpu"):
 
 def versions():
     names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 class Run:
@@ -536,16 +535,13 @@ class Run:
 
     def __init__(self, args):
         began = time.perf_counter()
-        torch.set_num_threads(args.num_threads)
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        self.demos, self.others, self.held_out = load_demos(args)
         name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.folder = Path(args.resume or Path(args.out, args.run_name or name))
-        if not args.resume:
-            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        fresh = args.resume or not self.folder.exists()
+        check(fresh, f"{self.folder}: exists already, expected a new folder")
+        self.demos, self.others, self.held_out = load_demos(args)
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -554,9 +550,14 @@ class Run:
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
+            evaluated = self.curve or not self.finished
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+        else:
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # once there is a checkpoint, nothing makes the folder again
+        if not args.resume:  # the log made, nothing makes the folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
@@ -603,7 +604,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
                 raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
             self.log.add_scalar(tag, value, now)
         due = self.finished or now // every > self.count["evaluated"] // every
@@ -618,7 +619,7 @@ class Run:
         if due or time.perf_counter() - self.saved > 10:
             self.save()
             self.saved = time.perf_counter()
-        self.bar.update(now - self.bar.n)
+        self.bar.update(min(now, self.bar.total) - self.bar.n)
         self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
 
     def evaluate(self, policy, offset):
@@ -646,9 +647,11 @@ class Run:
         for name, result in results.items():
             if result:
                 result["occupancy_distance"] = distances[name]
-        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        points = [*self.curve, learner]
+        failures = [i for i, point in enumerate(points) if point[METRIC] < TASKS[env_id]]
         solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
-        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        last = points[failures[-1] if failures else -1]
+        verdict = f"not solved: {METRIC} {last[METRIC]:.4g} of {TASKS[env_id]:g}"
         if solved:
             verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
         pairs = tensors(self.demos)
@@ -733,13 +736,15 @@ def evaluate_file(args):
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
     show(policy, args, folder)
-    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+    episodes = f"{result['episodes']} episodes of {args.env_id}"
+    print(f"{args.evaluate}: {describe(result)} over {episodes}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
+        torch.set_num_threads(args.num_threads)
         if args.record_demos:
             record_demos(Path(args.record_demos), args)
         elif args.evaluate:
@@ -751,7 +756,10 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        command = "as before"
+        if Run.latest:
+            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

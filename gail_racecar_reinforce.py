@@ -70,8 +70,8 @@ TASKS = {"RaceCar-v0": 0.95}  # solved from this METRIC on
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
-FINAL_LR = 0.05  # D's step size falls to this share, over --schedule
-STD, FINAL_STD = 0.3, 0.045  # of the actions, falls by the same share: explore, then be precise
+FINAL_LR = 0.05  # D's step size falls to this share over --schedule, the policy's to its square
+STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # of place, to the networks; where it counts for little, the corners blur
 # What D sees as a difference of 1, which the gradient penalty lets be worth about 1 in its logit:
@@ -87,25 +87,23 @@ def add_settings(parser):
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps")
     schedule = "steps over which the actions' deviation and the step sizes but the critic's fall"
     flag("--schedule", type=number(int, 1), default=2_000_000, help=schedule)
-    flag("--num-envs", type=number(int, 1), default=16, help="environments at once")
+    flag("--num-envs", type=number(int, 1, 500), default=16, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
-    flag("--policy-lr", type=number(float, 0), default=4e-4, help="step size of Adam")
+    flag("--policy-lr", type=number(float, 0), default=4e-4, help="Adam's first step size")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.95, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="1: Monte Carlo")
-    flag(
-        "--epochs", type=number(int, 1), default=5, help="passes of the baseline over each rollout"
-    )
+    flag("--epochs", type=number(int, 1), default=5, help="the baseline's passes over a rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar_ppo.md"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
-    flag("--discriminator-updates", type=number(int, 0), default=20, help="for each rollout")
+    flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
-    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
+    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
 
 
@@ -303,10 +301,8 @@ class Cars:
         for history, action in zip(self.histories, actions):
             history.append(action)
         ended = [self.describe(i, terminated[i]) for i in np.flatnonzero(done)]
-        if ended:
-            self.observations, _ = self.envs.reset(options={"reset_mask": done})
-            for i in np.flatnonzero(done):
-                self.histories[i] = []
+        self.observations, _ = self.envs.reset(options={"reset_mask": done})
+        self.histories = [[] if over else h for over, h in zip(done, self.histories)]
         return (observations, next_observations, terminated, truncated), ended
 
     def describe(self, i, terminated):
@@ -315,13 +311,9 @@ class Cars:
         return length, way, float(terminated and way == 1), float(terminated and way < 1)
 
     def state_dict(self):
-        episodes = zip(self.envs.envs, self.histories)
-        return {
-            "episodes": [
-                (env.np_random_seed, torch.tensor(np.reshape(actions, (-1, 2)).astype(np.float32)))
-                for env, actions in episodes
-            ]
-        }
+        seeds = [env.np_random_seed for env in self.envs.envs]
+        actions = [torch.tensor(np.reshape(x, (-1, 2)).astype(np.float32)) for x in self.histories]
+        return {"episodes": list(zip(seeds, actions))}
 
     def load_state_dict(self, state):
         """Drive every car's episode once more up to where it was."""
@@ -329,10 +321,9 @@ class Cars:
         check(len(state["episodes"]) == len(self.histories), "episodes of other cars")
         for i, (seed, actions) in enumerate(state["episodes"]):
             self.observations[i], _ = self.envs.envs[i].reset(seed=seed)
-            self.histories[i] = []
-            for action in actions.numpy():
+            self.histories[i] = list(actions.numpy())
+            for action in self.histories[i]:
                 self.observations[i] = self.envs.envs[i].step(action)[0]
-                self.histories[i].append(action)
 
 
 @torch.no_grad()
@@ -384,7 +375,7 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
         total += loss.detach()
-    return {"losses/discriminator": float(total) / max(args.discriminator_updates, 1)}
+    return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
@@ -413,7 +404,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 def diagnose(scalars):
     """What a person should know of the discriminator, from the last of the logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
-        return "the reward is nearly constant: D finds no difference, or learns nothing"
+        return "the reward is nearly constant: the policy learns from surviving"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
         return "the discriminator is saturated: it tells all pairs apart"
     return ""
@@ -436,21 +427,19 @@ def train(args):
         spread(network.network[0], features(observations))
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
+        check(not args.num_pairs, "--num-pairs: expected --no-absorbing, whose pairs outweigh few")
         laps = sum(episode["terminated"] for episode in run.demos)  # taken to be finishes
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = add_absorbing_pairs(expert_pairs, finished, args.gamma)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets the policy's
-    discriminator_optimizer = torch.optim.Adam(
-        discriminator.parameters(), args.discriminator_lr, fused=True
-    )
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     cars = Cars(args.env_id, args.num_envs)
     cars.reset(int(torch.randint(2**62, ())))
-    optimizers = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    networks = {"policy": policy, "average": average}
-    networks |= {"critic": critic, "discriminator": discriminator}
-    run.start(**networks, **optimizers, cars=cars)
+    parts = {"policy": policy, "average": average, "critic": critic, "cars": cars}
+    parts |= {"discriminator": discriminator, "discriminator_optimizer": d_optimizer}
+    run.start(**parts, optimizer=optimizer)
     if run.count["env_steps"] == 0:
         for _ in range(args.bc_updates):
             rows = torch.randint(len(actions), (64,))
@@ -459,7 +448,7 @@ def train(args):
     while not run.finished:
         left = max(1 - run.count["env_steps"] / args.schedule, FINAL_LR)
         optimizer.param_groups[0]["lr"] = args.policy_lr * left**2
-        discriminator_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
+        d_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
         policy.std.fill_(max(STD * left, FINAL_STD))
 
         batch, ended = rollout(cars, policy, args.num_steps, args.device)
@@ -473,9 +462,8 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, ends, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            losses = update_discriminator(
-                discriminator, discriminator_optimizer, expert_pairs, policy_pairs, args
-            )
+            both = (expert_pairs, policy_pairs)
+            losses = update_discriminator(discriminator, d_optimizer, *both, args)
 
         with torch.no_grad():
             logits = discriminator(pairs)
@@ -483,17 +471,14 @@ def train(args):
             rewards = imitation_reward(logits, args.reward)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            absorbing_value = torch.zeros((), device=args.device)
-            if absorbing:
-                forever = imitation_reward(discriminator(absorbing_pairs(finished)), args.reward)
-                absorbing_value = forever / (1 - args.gamma)  # (num_steps, num_envs)
+            forever = imitation_reward(discriminator(absorbing_pairs(finished)), args.reward)
+            absorbing_value = absorbing * forever / (1 - args.gamma)  # (num_steps, num_envs)
             values = critic(batch["observations"])  # (num_steps, num_envs)
             next_values = critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)
             done = batch["terminated"] | batch["truncated"]
-            advantages = generalized_advantages(
-                rewards, values, next_values, done, args.gamma, args.gae_lambda
-            )
+            settings = (args.gamma, args.gae_lambda)
+            advantages = generalized_advantages(rewards, values, next_values, done, *settings)
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         columns = (column.flatten(0, 1) for column in columns)
         losses |= update_policy(policy, critic, optimizer, *columns, args)
@@ -517,9 +502,9 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
-# script and holds nothing of the algorithm: read it once. From above it takes TASKS, METRIC, CLOCK,
-# BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy, make_envs, make_expert and
-# train.
+# script with demonstrations and holds nothing of the algorithm: read it once. From above it takes
+# TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
@@ -536,7 +521,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none: one line on stderr, exit status 1."""
+    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -544,12 +529,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a finite int or float of [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -563,16 +548,16 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="everything random follows from it")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each to keep (default: all)")
+    flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on where that run stopped")
-    flag("--out", default="runs", help="the folder that run folders go into")
+    flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
@@ -580,6 +565,7 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -712,7 +698,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.1f} of {TASKS[args.env_id]}")
+        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -818,10 +804,7 @@ def tensors(episodes, device="cpu"):
 
 def versions():
     names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 class Run:
@@ -831,16 +814,13 @@ class Run:
 
     def __init__(self, args):
         began = time.perf_counter()
-        torch.set_num_threads(args.num_threads)
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        self.demos, self.others, self.held_out = load_demos(args)
         name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
         self.folder = Path(args.resume or Path(args.out, args.run_name or name))
-        if not args.resume:
-            check(not self.folder.exists(), f"{self.folder}: exists already, expected a new folder")
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        fresh = args.resume or not self.folder.exists()
+        check(fresh, f"{self.folder}: exists already, expected a new folder")
+        self.demos, self.others, self.held_out = load_demos(args)
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -849,9 +829,14 @@ class Run:
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
+            evaluated = self.curve or not self.finished
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+        else:
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # once there is a checkpoint, nothing makes the folder again
+        if not args.resume:  # the log made, nothing makes the folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
@@ -898,7 +883,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last good checkpoint: {self.folder / 'checkpoint.pt'}"
+                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
                 raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
             self.log.add_scalar(tag, value, now)
         due = self.finished or now // every > self.count["evaluated"] // every
@@ -913,7 +898,7 @@ class Run:
         if due or time.perf_counter() - self.saved > 10:
             self.save()
             self.saved = time.perf_counter()
-        self.bar.update(now - self.bar.n)
+        self.bar.update(min(now, self.bar.total) - self.bar.n)
         self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
 
     def evaluate(self, policy, offset):
@@ -941,9 +926,11 @@ class Run:
         for name, result in results.items():
             if result:
                 result["occupancy_distance"] = distances[name]
-        failures = [i for i, point in enumerate(self.curve) if point[METRIC] < TASKS[env_id]]
+        points = [*self.curve, learner]
+        failures = [i for i, point in enumerate(points) if point[METRIC] < TASKS[env_id]]
         solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
-        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
+        last = points[failures[-1] if failures else -1]
+        verdict = f"not solved: {METRIC} {last[METRIC]:.4g} of {TASKS[env_id]:g}"
         if solved:
             verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
         pairs = tensors(self.demos)
@@ -1028,13 +1015,15 @@ def evaluate_file(args):
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
     show(policy, args, folder)
-    print(f"{args.evaluate}: {describe(result)} over {result['episodes']} episodes")
+    episodes = f"{result['episodes']} episodes of {args.env_id}"
+    print(f"{args.evaluate}: {describe(result)} over {episodes}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
+        torch.set_num_threads(args.num_threads)
         if args.record_demos:
             record_demos(Path(args.record_demos), args)
         elif args.evaluate:
@@ -1046,7 +1035,10 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = f"python {SCRIPT}.py --resume {Run.latest.folder}" if Run.latest else "as before"
+        command = "as before"
+        if Run.latest:
+            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

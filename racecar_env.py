@@ -604,7 +604,7 @@ def drive_laps(args: argparse.Namespace) -> list[Lap]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status. Bad input: one line on stderr, status 2, and nothing is written."""
+    """Return the exit status. Bad input: one line on stderr, status 2, no demonstrations."""
     parser, args = parse_arguments(arguments)
     try:
         if args.video:
@@ -615,7 +615,7 @@ def main(arguments: list[str] | None = None) -> int:
             steps = [len(lap.actions) for lap in laps if lap.is_success]
             summary = f"{len(laps)} laps driven, {len(laps) - len(steps)} dropped (no finish)"
             if not steps or (len(steps) < args.episodes and not args.drive):
-                parser.error(f"{summary}: nothing is written")
+                parser.error(f"{summary}: no demonstrations are written")
             print(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
             if args.record_demos:
                 expert = "a person" if args.drive else "waypoint controller"

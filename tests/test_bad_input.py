@@ -485,7 +485,8 @@ def test_flags_out_of_range(script, tmp_path, monkeypatch, capsys):
     tried = 0
     for action in flags(script, monkeypatch):
         numeric = action.type is not None
-        for value in ("nan", "inf", "-1", "x") if numeric else ["x"] if action.choices else []:
+        wrong = ("nan", "inf", "-1", "x", "9" * 400)
+        for value in wrong if numeric else ["x"] if action.choices else []:
             argument = f"{action.option_strings[0]}={value}"
             with pytest.raises(SystemExit) as stop:
                 script.module.main(script.argv(tmp_path / "run", argument))
@@ -498,7 +499,7 @@ def test_flags_out_of_range(script, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argument",
     [
-        *("--seed=1.5", "--num-demos=0", "--num-pairs=0", "--num-threads=0", "--eval-episodes=1"),
+        *("--seed=1.5", "--num-demos=0", "--num-pairs=1", "--num-threads=0", "--eval-episodes=1"),
         *("--eval-every=0", "--hidden=0", "--device=tpu", "--nonsense", "--seed"),
     ],
 )
@@ -507,6 +508,20 @@ def test_flags(script, argument, tmp_path, capsys):
         script.module.main(script.argv(tmp_path / "run", argument))
     assert stop.value.code == 2 and argument.split("=")[0] in capsys.readouterr().err
     assert not listing(tmp_path)
+
+
+def test_few_pairs_and_absorbing_ones(script, tmp_path, refused):
+    """An end counts 1 / (1 - gamma) pairs: beside ten of a lap D would see little else."""
+    if not hasattr(script.module, "add_absorbing_pairs"):
+        pytest.skip("no absorbing pairs")
+    argv = script.argv(tmp_path / "run", "--num-demos", 1, "--num-pairs", 5, "--absorbing")
+    refused(argv, "--num-pairs", "--no-absorbing")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_an_empty_name(flag, refused):
+    """As of a shell's variable that is not set."""
+    refused([flag, ""], flag)
 
 
 def test_no_budget(script, tmp_path):

@@ -724,7 +724,7 @@ BAD_INPUT = [
     (["--record-demos", "x.npz", "--throttle", "inf"], "--throttle must be above 0, up to 1"),
     (["--record-demos", "x.npz", "--seed", "-1"], "--seed must be at least 0, found -1"),
     (["--record-demos", "x.npz", "--laps", "3"], "unrecognized arguments: --laps 3"),
-    (["--record-demos", "x.npz", "--throttle", "1", "--episodes", "1"], "nothing is written"),
+    (["--record-demos", "x.npz", "--throttle", "1", "--episodes", "1"], "no demonstrations"),
     (["--record-demos", "x.pkl"], "x.pkl: expected the name of a file that ends in .npz"),
     (["--record-demos", "folder.npz"], "folder.npz: expected the name of a file"),
     (["--record-demos", "missing/x.npz"], "missing/x.npz: its folder does not exist"),

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -277,7 +278,11 @@ def test_interrupted(script, tmp_path, quick, capsys, long_walks):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     python, name, *argv = errors.split("go on with: ")[1].split()
-    assert (python, name, argv) == ("python", script.path.name, ["--resume", str(folder)])
+    budget = f"--{script.module.BUDGET.replace('_', '-')}"
+    assert (python, name, argv) == (
+        *("python", script.path.name),
+        ["--resume", str(folder), budget, "1000000000"],
+    )
 
     budget = done(script, folder) + 1
     policy = script.resume(folder, budget)
@@ -285,6 +290,52 @@ def test_interrupted(script, tmp_path, quick, capsys, long_walks):
     assert [line.split()[0] for line in last] == ["random", "expert", "learner", "verdict", "run"]
     assert last[-1].endswith(str(folder))
     assert same(policy, script.run(tmp_path / "never stopped", *demos, budget=budget))
+
+
+def test_resumed_with_less_before_the_first_evaluation(script, tmp_path, monkeypatch, capsys):
+    """A checkpoint may be made before there is a curve."""
+    run = script.module.Run
+    start, record = run.start, run.record
+
+    def due_at_once(self, **parts):
+        start(self, **parts)
+        self.saved = -math.inf
+
+    def stop(self, *args):
+        record(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "start", due_at_once)
+        patch.setattr(run, "record", stop)
+        argv = script.argv(tmp_path / "run", "--eval-every", 10**9)
+        assert script.module.main(argv) == 130
+    assert done(script, tmp_path / "run") > 0 and not checkpoint(tmp_path / "run")["run"]["curve"]
+    budget = f"--{script.module.BUDGET.replace('_', '-')}"
+    capsys.readouterr()
+    assert script.module.main(["--resume", str(tmp_path / "run"), budget, "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not evaluated yet" in line and not (tmp_path / "run" / "policy.pt").exists()
+
+
+@pytest.mark.parametrize("good", ["curve", "end", "both"])
+def test_solved_is_what_stays_solved_to_the_end(watcher, good, tmp_path, monkeypatch, quick):
+    module = watcher.module
+    evaluate, solved = module.Run.evaluate, next(iter(module.TASKS.values()))
+
+    def set_score(self, policy, offset):
+        well = good in ("both", "curve" if offset == 0 else "end")
+        return evaluate(self, policy, offset) | {module.METRIC: solved if well else solved / 2}
+
+    monkeypatch.setattr(module.Run, "evaluate", set_score)
+    watcher.run(tmp_path / "run")
+    summary = read_json(tmp_path / "run" / "summary.json")
+    if good == "both":
+        assert summary["solved_at_seconds"] == summary["curve"][0]["wall_seconds"]
+        assert summary["verdict"].startswith("solved at")
+    else:
+        assert summary["solved_at_seconds"] is None
+        assert summary["verdict"].startswith(f"not solved: {module.METRIC} {solved / 2:.4g} of")
 
 
 def test_nan_in_a_loss(case, finished, tmp_path, monkeypatch, capsys, quick):
