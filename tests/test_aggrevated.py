@@ -1,18 +1,20 @@
 """AggreVaTeD's mathematics against their definitions, its expert's files, and its walkers."""
 
 import base64
+import copy
 import io
 import json
 import pickle
 import signal
 import zipfile
+from functools import partial
 
 import Box2D
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, falling_expert
+from scripts import AGGREVATED, ROOT, Case, falling_expert, same, weights
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from test_bad_input import Payload, listing
 from torch import nn
@@ -20,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import aggrevated_bipedal as script
 
+CASE = Case("aggrevated_bipedal", AGGREVATED, 4, 2, "", 0)
 SHIPPED = sorted((ROOT / "experts").glob("*.zip"))
 
 
@@ -450,3 +453,105 @@ def test_an_expert_for_the_other_course(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "an expert for BipedalWalker-v3, expected BipedalWalkerHardcore-v3" in line
     assert not listing(tmp_path)
+
+
+def test_an_iteration(tmp_path, monkeypatch, quick):
+    """Alpha falls from 1 to 0 in --mixing; A* counts by 1 - alpha; all transitions so far count."""
+    seen = {name: [] for name in ("roll_in", "fitted_q_loss", "aggrevated_loss")}
+
+    def spy(name, original, *args):
+        result = original(*args)
+        seen[name].append((args, result))
+        return result
+
+    for name in seen:
+        monkeypatch.setattr(script, name, partial(spy, name, getattr(script, name)))
+    CASE.run(tmp_path / "run", "--noise", 0.5, "--policy-updates", 20)
+    assert [args[3] for args, _ in seen["roll_in"]] == [1, 0.5, 0, 0]
+    losses = seen["aggrevated_loss"]
+    assert [args[4] for args, _ in losses] == [x for x in (0, 0.5, 1, 1) for _ in range(20)]
+    expert = seen["roll_in"][0][0][2]
+    for (_, _, observations, expert_actions, *_), _ in losses:
+        assert torch.allclose(expert_actions, expert.greedy(observations), atol=1e-4)
+    assert len(seen["fitted_q_loss"]) == 4 * 3  # --critic-updates
+    for (critics, target, *_), _ in seen["fitted_q_loss"]:
+        assert not {id(x) for x in critics.parameters()} & {id(x) for x in target.parameters()}
+    columns = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["transitions"]
+    for name, column in columns.items():
+        assert torch.equal(column, torch.cat([batch[name] for _, batch in seen["roll_in"]]))
+    curve = json.loads((tmp_path / "run" / "summary.json").read_text())["curve"]
+    assert [point["charts/alpha"] for point in curve] == [1, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_whose_critics_judge(refit, tmp_path, monkeypatch, quick):
+    """Without refitting those in the expert's file, as they are there."""
+    seen, loss = [], script.aggrevated_loss
+    monkeypatch.setattr(
+        script, "aggrevated_loss", lambda *args: seen.append(args[1]) or loss(*args)
+    )
+    CASE.run(tmp_path / "run", f"--{'' if refit else 'no-'}refit-critic", budget=2)
+    theirs = script.make_expert(settings()).critics.state_dict()
+    assert same(seen[-1].state_dict(), theirs) == (not refit)
+
+
+@pytest.mark.parametrize(
+    "validated, final, solved",
+    [
+        ((250, 310, 305, 280), 300, 1),
+        ((250, 290, 280, 270), 300, 1),
+        ((250, 310, 305, 280), 299, None),
+    ],
+)  # fmt: skip
+def test_the_best_by_validation_is_kept(validated, final, solved, tmp_path, monkeypatch, quick):
+    """Solved is what the fresh episodes say of it, at the first validation that said so too."""
+    evaluate, policies, left = script.Run.evaluate, [], iter([*validated, final])
+
+    def scored(run, policy, *args):
+        policies.append(copy.deepcopy(policy.state_dict()))
+        return {**evaluate(run, policy, *args), "return_mean": float(next(left))}
+
+    monkeypatch.setattr(script.Run, "evaluate", scored)
+    kept = CASE.run(tmp_path / "run")
+    assert same(kept, policies[1]) and same(policies[4], policies[1])
+    assert not same(policies[3], policies[1])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    seconds = None if solved is None else summary["curve"][solved]["wall_seconds"]
+    assert summary["solved_at_seconds"] == seconds
+
+
+def test_paired_differences(tmp_path, quick):
+    """Learner less expert, on the same seeds one by one; and the standard error of their mean."""
+    CASE.run(tmp_path / "run", budget=1)
+    policy, seed = script.Policy(8, 0.1), script.EVALUATION_SEEDS + 1_000 + 500
+    policy.load_state_dict(weights(tmp_path / "run"))
+    expert = script.make_expert(settings())
+    ours, theirs = (script.play(x.act, "BipedalWalker-v3", 4, seed) for x in (policy, expert))
+    exact = [float(a["rewards"].sum() - b["rewards"].sum()) for a, b in zip(ours, theirs)]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["paired_differences"] == pytest.approx(exact)
+    error = f"{np.mean(exact):+.1f} +- {np.std(exact, ddof=1) / 2:.1f} (s.e.)"
+    assert error in summary["verdict"]
+
+
+def test_the_highest_seed_of_a_roll_in_is_below_evaluations(monkeypatch):
+    seeds, randint, reset = [], torch.randint, script.Walkers.reset
+    monkeypatch.setattr(
+        torch, "randint", lambda high, *args: torch.full_like(randint(high, *args), high - 1)
+    )
+    monkeypatch.setattr(
+        script.Walkers, "reset", lambda walkers, seed: seeds.append(seed) or reset(walkers, seed)
+    )
+    roll(1.0)
+    assert seeds[0] + 3 <= script.EVALUATION_SEEDS
+
+
+def test_each_trajectory_has_a_beginner_of_its_own():
+    torch.manual_seed(0)
+    args = settings(noise=0.0, switch=20)
+    policy, expert = script.Policy(8, 0.1), script.make_expert(args)
+    batch = script.roll_in(script.make_envs(args.env_id, 8), policy, expert, 0.5, args)
+    firsts = torch.cat([torch.zeros(1, dtype=torch.long), batch["last"].nonzero()[:-1, 0] + 1])
+    firsts = firsts[~batch["tail"][firsts]]
+    by_expert = (batch["actions"][firsts] == batch["expert_actions"][firsts]).all(-1)
+    assert by_expert.any() and not by_expert.all()

@@ -1,6 +1,7 @@
 """The mathematics of the scripts against definitions written out another way."""
 
 import copy
+import json
 import math
 
 import gymnasium as gym
@@ -642,3 +643,190 @@ def test_moments_go_on_as_adam_takes_them_with_a_layer_that_is_not_trained():
         step(x, adam)
     for ours, theirs, whole in zip(*(x.parameters() for x in (*copies, network))):
         assert torch.equal(ours, theirs) and torch.equal(ours, whole)
+
+
+CASE = Case("gail_cartpole", GAIL, 360, 200, "", 0)
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_a_step_of_the_policy_is_down_the_slope_of_its_loss(name):
+    """Where one minibatch is the whole rollout every ratio is 1, and both take the same step."""
+    policy, critic = gail.Policy(8), gail.mlp(4, 8, 1)
+    observations, actions = torch.randn(40, 4), torch.randint(2, (40,))
+    advantages, returns = torch.randn(40) * 3 + 1, torch.randn(40)
+    log_probs = policy.network(observations).log_softmax(-1)
+    standard = (advantages - advantages.mean()) / advantages.std()
+    gain = (standard * log_probs[range(40), actions]).mean()
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    error = (critic(observations)[:, 0] - returns).square().mean()
+    parameters = [*policy.parameters(), *critic.parameters()]
+    slopes = torch.autograd.grad(error - gain - 0.7 * entropy, parameters)
+    expected = [x.detach() - 0.1 * slope for x, slope in zip(parameters, slopes)]
+    args = gail.parse_args(["--policy-gradient", name, "--entropy", "0.7", "--epochs", "1"])
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    gail.update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args)
+    for found, exact in zip(parameters, expected):
+        assert torch.allclose(found, exact, atol=1e-6)
+
+
+def test_a_step_of_the_discriminator_counts_the_penalty_by_its_weight(monkeypatch):
+    monkeypatch.setattr(gail, "gradient_penalty", lambda d, expert, _: d(expert).square().mean())
+    expert, learner, discriminator = (
+        some_pairs(1),
+        some_pairs(1),
+        discriminator_of(some_pairs(9), 8),
+    )
+    label_1, label_0 = discriminator(expert), discriminator(learner)
+    entropy = F.binary_cross_entropy_with_logits
+    loss = entropy(label_1, torch.ones(1)) + entropy(label_0, torch.zeros(1))
+    loss = loss + 0.3 * label_1.square().mean()
+    parameters = list(discriminator.parameters())
+    slopes = torch.autograd.grad(loss, parameters)
+    expected = [x.detach() - 0.1 * slope for x, slope in zip(parameters, slopes)]
+    settings = {"discriminator_updates": 1, "discriminator_batch": 16, "gradient_penalty": 0.3}
+    optimizer, args = torch.optim.SGD(parameters, 0.1), gail.argparse.Namespace(**settings)
+    gail.update_discriminator(discriminator, optimizer, expert, learner, args)
+    for found, exact in zip(parameters, expected):
+        assert torch.allclose(found, exact, atol=1e-6)
+
+
+@pytest.fixture
+def watched(monkeypatch, tmp_path, quick):
+    """A run of three iterations: each rollout, each policy that acted, was updated, evaluated."""
+
+    def train(*flags):
+        seen = {"batches": [], "acted": [], "updated": [], "evaluated": []}
+        rollout, update_policy, evaluate = gail.rollout, gail.update_policy, gail.Run.evaluate
+
+        def keep(name, policy):
+            seen[name].append(copy.deepcopy(policy.state_dict()))
+
+        def watched_rollout(cartpoles, policy, *rest):
+            keep("acted", policy)
+            result = rollout(cartpoles, policy, *rest)
+            seen["batches"].append(result[0])
+            return result
+
+        def watched_update(policy, *rest):
+            result = update_policy(policy, *rest)
+            keep("updated", policy)
+            return result
+
+        def watched_evaluate(run, policy, offset):
+            keep("evaluated", policy)
+            return evaluate(run, policy, offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gail, "rollout", watched_rollout)
+            patch.setattr(gail, "update_policy", watched_update)
+            patch.setattr(gail.Run, "evaluate", watched_evaluate)
+            CASE.run(tmp_path / "run", "--eval-every", 1, *flags)
+        seen["summary"] = json.loads((tmp_path / "run" / "summary.json").read_text())
+        seen["checkpoint"] = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        return seen
+
+    return train
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_step_sizes_fall_with_the_steps_that_are_transitions(watched, monkeypatch, name):
+    monkeypatch.setitem(gail.RECIPES[name], "total_steps", 1_000)
+    seen = watched("--policy-gradient", name, "--policy-lr", 0.5, "--critic-lr", 0.25)
+    steps = [int(batch["valid"].sum()) for batch in seen["batches"]]
+    assert not all(batch["valid"].all() for batch in seen["batches"])
+    assert [point["env_steps"] for point in seen["summary"]["curve"]] == np.cumsum(steps).tolist()
+    left = 1 - sum(steps[:-1]) / 1_000
+    found = [group["lr"] for group in seen["checkpoint"]["optimizer"]["param_groups"]]
+    assert found == pytest.approx([0.5 * left, 0.25 * left])
+    fresh = [bool((batch["observations"][0].abs() <= 0.05).all()) for batch in seen["batches"]]
+    assert fresh == [True] * 3 if name == "reinforce" else not all(fresh)
+
+
+def test_the_average_is_of_the_updated_policies_and_is_what_is_evaluated(watched):
+    seen = watched()
+    assert len(seen["updated"]) == len(seen["evaluated"]) - 1 == 3  # and once more at the end
+    for n, found in enumerate([*seen["evaluated"][:3], seen["evaluated"][3]], 1):
+        n = min(n, 3)
+        for name, weight in found.items():
+            policies = enumerate(seen["updated"][:n], 1)
+            exact = sum(k * policy[name].double() for k, policy in policies) / (n * (n + 1) / 2)
+            assert torch.allclose(weight.double(), exact, atol=1e-6)
+
+
+def test_a_warm_start_clones_before_the_first_rollout(watched):
+    seen = watched("--bc-updates", 300)
+    policy = gail.Policy(8)
+    policy.load_state_dict(seen["acted"][0])
+    demos, _, _ = gail.load_demos(gail.argparse.Namespace(**seen["summary"]["args"]))
+    loss = gail.behavioural_cloning_loss(policy, *gail.tensors(demos))
+    assert float(loss.detach()) < 0.5  # log 2 = 0.69 without
+
+
+def test_the_accuracies_are_those_of_the_last_discriminator(watched):
+    seen = watched()
+    demos, _, _ = gail.load_demos(gail.argparse.Namespace(**seen["summary"]["args"]))
+    discriminator = gail.Discriminator(8, torch.zeros(7), torch.ones(7))
+    discriminator.load_state_dict(seen["checkpoint"]["discriminator"])
+    batch = seen["batches"][-1]
+    learner = gail.make_pairs(batch["observations"], batch["actions"])[batch["valid"]]
+    scalars = seen["summary"]["curve"][-1]
+    for who, pairs in (("expert", gail.make_pairs(*gail.tensors(demos))), ("policy", learner)):
+        d = discriminator(pairs).sigmoid()
+        right = d > 0.5 if who == "expert" else d < 0.5
+        share = float(right.double().mean())
+        assert scalars[f"discriminator/accuracy_{who}"] == pytest.approx(share, abs=1e-6)
+        assert 0 < share < 1
+
+
+@pytest.mark.parametrize(
+    "mean, std, expert, policy, word",
+    [(2, 0.1, 1, 1, "constant"), (-2, 0.1, 0, 0, "constant"), (2, 1, 1, 1, "saturated"),
+     (2, 1, 1, 0.9, None), (2, 1, 0.9, 1, None)],
+)  # fmt: skip
+def test_diagnose(mean, std, expert, policy, word):
+    names = ("reward_mean", "reward_std", "accuracy_expert", "accuracy_policy")
+    values = (mean, std, expert, policy)
+    found = gail.diagnose({f"discriminator/{n}": v for n, v in zip(names, values)})
+    assert word in found if word else found == ""
+
+
+def test_occupancy_distances_by_their_definition():
+    rng = np.random.default_rng(0)
+
+    def episodes(shift):
+        steps = {"observations": rng.normal(shift, [1, 9, 0.1, 3], (2, 8, 4)).astype(np.float32)}
+        steps["actions"] = rng.integers(2, size=(2, 8))
+        return [{name: array[i] for name, array in steps.items()} for i in range(2)]
+
+    def pairs(played):
+        rows = [np.concatenate([e[k] for e in played]) for k in ("observations", "actions")]
+        return np.concatenate([rows[0], np.eye(2)[rows[1]]], 1)
+
+    held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5)}
+    mean, std = pairs(held_out).mean(0), pairs(held_out).std(0, ddof=1)
+    exact = {
+        k: energy((pairs(v) - mean) / std, (pairs(held_out) - mean) / std)
+        for k, v in samples.items()
+    }
+    found = gail.occupancy_distances("CartPole-v1", held_out, samples)
+    assert found["learner"] == pytest.approx(exact["learner"] / exact["random"], rel=1e-4)
+
+
+def test_an_expert_that_falls_is_seen_to(spied, monkeypatch):
+    load = gail.load_demos
+
+    def fallen(args):
+        demos, *others = load(args)
+        return [{**demo, "terminated": True} for demo in demos], *others
+
+    monkeypatch.setattr(gail, "load_demos", fallen)
+    seen = spied("--absorbing")
+    flags = seen["expert pairs"][:, -1]
+    assert int(flags.sum()) == round(1 / (1 - seen["args"].gamma))
+
+
+def test_offline_discriminator_by_its_definition(offline):
+    """D = exp f / (exp f + pi), Fu et al. 2018."""
+    module, f, _, log_probs = offline
+    found = module.discriminator_logits(lambda observations: f, None, log_probs).sigmoid()
+    assert torch.allclose(found, f.exp() / (f.exp() + log_probs.exp()), atol=1e-6)

@@ -1,6 +1,9 @@
 """What the race car's scripts add to CartPole's: features, actions, absorbing states, resuming."""
 
+import argparse
+import copy
 import importlib
+import json
 import math
 
 import numpy as np
@@ -266,3 +269,189 @@ def test_the_schedule_is_counted_in_steps(learner, tmp_path):
 def test_a_default_run_lies_within_the_schedule(module):
     args = module.parse_args([])
     assert args.total_steps <= args.schedule and args.absorbing
+
+
+def test_a_step_of_the_policy_is_down_the_slope_of_its_loss(module):
+    policy, critic = module.Policy(8), module.Critic(8)
+    observations, actions = torch.randn(40, 9), torch.randn(40, 2)
+    advantages, returns = torch.randn(40) * 3 + 1, torch.randn(40)
+    standard = (advantages - advantages.mean()) / advantages.std()
+    gain = (standard * policy(observations).log_prob(actions)).mean()
+    error = (critic(observations) - returns).square().mean()
+    parameters = [*policy.parameters(), *critic.parameters()]
+    slopes = torch.autograd.grad(error - gain, parameters)
+    expected = [x.detach() - 1e-3 * slope for x, slope in zip(parameters, slopes)]
+    args, optimizer = module.parse_args(["--epochs", "1"]), torch.optim.SGD(parameters, 1e-3)
+    module.update_policy(
+        policy, critic, optimizer, observations, actions, advantages, returns, args
+    )
+    for found, exact in zip(parameters, expected):
+        assert torch.allclose(found, exact, atol=1e-6)
+
+
+@pytest.fixture
+def watched(learner, module, monkeypatch, tmp_path, quick):
+    """One iteration on a rollout in which car 0 finishes and is cut off, and car 1 hits walls."""
+
+    def train(*flags):
+        seen = {"discriminator updates": 0}
+        rollout, update = module.rollout, module.update_policy
+        update_d, make_d = module.update_discriminator, module.Discriminator
+
+        def doctored(*args):
+            batch, ended = rollout(*args)
+            batch["terminated"][:], batch["truncated"][:] = False, False
+            batch["terminated"][10, 0] = batch["terminated"][[20, 25], 1] = True
+            batch["truncated"][15, 0] = True
+            batch["next_observations"][10, 0, :2] = torch.tensor(racecar_env.FINISH)
+            seen["batch"] = batch
+            return batch, ended
+
+        def watched_d(discriminator, optimizer, expert_pairs, policy_pairs, args):
+            seen["discriminator updates"] += 1
+            seen["expert pairs"], seen["policy pairs"] = expert_pairs, policy_pairs
+            return update_d(discriminator, optimizer, expert_pairs, policy_pairs, args)
+
+        def watched_make(*args):
+            seen["discriminator"] = make_d(*args)
+            return seen["discriminator"]
+
+        def watched_update(policy, critic, optimizer, *rest):
+            with torch.no_grad():
+                seen["values"] = critic(seen["batch"]["observations"])
+                seen["next values"] = critic(seen["batch"]["next_observations"])
+            seen.update(zip(("observations", "actions", "advantages", "returns", "args"), rest))
+            return update(policy, critic, optimizer, *rest)
+
+        with monkeypatch.context() as patch:
+            for name, spy in (
+                ("rollout", doctored),
+                ("update_discriminator", watched_d),
+                ("Discriminator", watched_make),
+                ("update_policy", watched_update),
+            ):
+                patch.setattr(module, name, spy)
+            learner.run(tmp_path / str(len(list(tmp_path.iterdir()))), *flags, budget=1)
+        return seen
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--absorbing --reward gail --gae-lambda 0.9",
+        "--no-absorbing --reward airl --gae-lambda 0.8",
+        "--absorbing --control constant-reward",
+        "--absorbing --control frozen-discriminator",
+    ],
+)
+def test_what_policy_and_discriminator_are_updated_with(watched, module, flags):
+    seen = watched(*flags.split())
+    args, batch = seen["args"], seen["batch"]
+    constant = args.control == "constant-reward"
+    absorbing = args.absorbing and not constant
+    with torch.no_grad():
+        pairs = module.make_pairs(batch["observations"], batch["actions"])
+        rewards = module.imitation_reward(seen["discriminator"](pairs), args.reward)
+        flags = torch.tensor([[1.0], [-1.0]]) * torch.eye(13)[-1]  # after the finish; after a wall
+        after = module.imitation_reward(seen["discriminator"](flags), args.reward)
+    rewards = torch.ones_like(rewards) if constant else rewards
+    after = after / (1 - args.gamma) * absorbing
+    ends = {(10, 0): after[0], (20, 1): after[1], (25, 1): after[1]}
+    expected = torch.zeros(32, 2)
+    for car in range(2):
+        for step in range(32):
+            weight = 1.0
+            for t in range(step, 32):
+                following = ends.get((t, car), seen["next values"][t, car])
+                delta = rewards[t, car] + args.gamma * following - seen["values"][t, car]
+                expected[step, car] += weight * delta
+                weight *= args.gamma * args.gae_lambda
+                if (t, car) in {*ends, (15, 0)}:
+                    break
+    close = {"atol": 1e-3, "rtol": 1e-4}
+    assert torch.allclose(seen["advantages"], expected.flatten(), **close)
+    assert torch.allclose(seen["returns"], (expected + seen["values"]).flatten(), **close)
+    assert seen["discriminator updates"] == (args.control == "none")
+    if args.control == "none":
+        later = round(1 / (1 - args.gamma)) * absorbing
+        learners, experts = seen["policy pairs"], seen["expert pairs"]
+        assert torch.equal(learners[:64], pairs.flatten(0, 1))
+        assert sorted(learners[64:, 12].tolist()) == [-1] * 2 * later + [1] * later
+        demos, _, _ = module.load_demos(args)
+        observations, actions = module.tensors(demos)
+        assert torch.equal(experts[: len(actions), :10], module.features(observations))
+        executed = actions * torch.tensor([1, 2]) - torch.tensor([0, 1])  # throttle, -1 to 1
+        assert torch.allclose(experts[: len(actions), 10:12], executed, atol=1e-6)
+        assert experts[len(actions) :, 12].tolist() == [1] * 4 * later  # all demonstrated laps end
+
+
+def test_shuffled_expert_keeps_states_and_actions_but_not_which_belong_together(watched):
+    shuffled, plain = (
+        watched("--no-absorbing", *f)["expert pairs"]
+        for f in (["--control", "shuffled-expert"], [])
+    )
+    assert torch.equal(shuffled[:, :10], plain[:, :10])
+    assert torch.equal(shuffled[:, 10].sort().values, plain[:, 10].sort().values)
+    assert (shuffled[:, 10:12] == plain[:, 10:12]).all(-1).float().mean() < 0.1
+
+
+def test_the_average_is_of_the_updated_policies_and_is_what_is_evaluated(
+    learner, module, tmp_path, monkeypatch, quick
+):
+    """With the deviation of the last."""
+    updated, evaluated = [], []
+    update_policy, evaluate = module.update_policy, module.Run.evaluate
+
+    def watched_update(policy, *rest):
+        result = update_policy(policy, *rest)
+        updated.append(copy.deepcopy(policy.state_dict()))
+        return result
+
+    def watched_evaluate(run, policy, offset):
+        evaluated.append(copy.deepcopy(policy.state_dict()))
+        return evaluate(run, policy, offset)
+
+    monkeypatch.setattr(module, "update_policy", watched_update)
+    monkeypatch.setattr(module.Run, "evaluate", watched_evaluate)
+    learner.run(tmp_path / "run", "--eval-every", 1, "--policy-lr", 0.1, "--schedule", 300)
+    assert len(updated) == len(evaluated) - 1 == 3
+    for name in updated[0]:
+        exact = updated[0][name]
+        for found, policy in zip(evaluated, [*updated, updated[-1]]):
+            if found is not evaluated[0] and found is not evaluated[-1]:
+                exact = module.AVERAGE * exact + (1 - module.AVERAGE) * policy[name]
+            assert torch.allclose(found[name], exact, atol=1e-6)
+
+
+def test_step_sizes_by_the_schedule(learner, module, tmp_path, quick):
+    """In place: part of test_the_schedule_is_counted_in_steps."""
+    power = 2 if "reinforce" in learner.script else 1
+    for schedule, left in ((64, module.FINAL_LR), (256, 0.5)):
+        flags = ("--policy-lr", 0.5, "--critic-lr", 0.25, "--discriminator-lr", 0.125)
+        learner.run(tmp_path / str(schedule), "--schedule", schedule, *flags)
+        checkpoint = torch.load(tmp_path / str(schedule) / "checkpoint.pt", weights_only=True)
+        names = ("optimizer", "discriminator_optimizer")
+        found = [group["lr"] for name in names for group in checkpoint[name]["param_groups"]]
+        assert found == pytest.approx([0.5 * left**power, 0.25, 0.125 * left])
+
+
+def test_how_episodes_ended(learner, module, tmp_path, monkeypatch, quick):
+    """In place: two lines of test_what_follows_an_end, where all end at a wall."""
+    monkeypatch.setattr(module, "STD", 1.0)
+    learner.run(tmp_path / "run", "--num-steps", 100, budget=1)
+    scalars = json.loads((tmp_path / "run" / "summary.json").read_text())["curve"][-1]
+    ended = [scalars[f"charts/ended_at_{where}"] for where in ("wall", "finish")]
+    assert ended == [1, 0]
+
+
+def test_the_discriminators_units_turn_where_the_expert_was(learner, module, tmp_path, quick):
+    learner.run(tmp_path / "run", "--no-absorbing", "--control", "frozen-discriminator", budget=1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["discriminator"]
+    demos, _, _ = module.load_demos(argparse.Namespace(**summary["args"]))
+    observations, actions = module.tensors(demos)
+    pairs = module.make_pairs(observations, module.from_box(actions)) / torch.tensor(module.UNITS)
+    weight, bias = (saved[f"network.0.{name}"] for name in ("weight", "bias"))
+    assert (pairs @ weight.T + bias).abs().min(0).values.max() < 1e-4
