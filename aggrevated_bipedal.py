@@ -766,7 +766,7 @@ class Run:
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
             evaluated = self.curve or not self.finished
-            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})

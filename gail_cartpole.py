@@ -87,7 +87,7 @@ def add_settings(parser):
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
-    flag("--total-steps", type=number(int, 1), help=recipes("in whole rollouts", "total_steps"))
+    flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
     flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
     flag("--num-steps", type=number(int, 3), help=recipes("steps of each a rollout", "num_steps"))
     flag("--policy-lr", type=number(float, 0), help=recipes("Adam's first step size", "policy_lr"))
@@ -406,8 +406,9 @@ def train(args):
     discriminator = Discriminator(args.hidden, *standardisation(observations)).to(args.device)
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
-        check(not args.num_pairs, "--num-pairs: expected --no-absorbing, whose pairs outweigh few")
         falls = sum(episode["terminated"] for episode in run.demos)
+        few = args.num_pairs and falls
+        check(not few, "--num-pairs: too few beside absorbing ones, expected --no-absorbing")
         expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
@@ -545,7 +546,8 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
+    names = (args.resume, args.evaluate, args.record_demos)
+    check("" not in names, "--resume, --evaluate or --record-demos: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -810,7 +812,7 @@ class Run:
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
             evaluated = self.curve or not self.finished
-            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})

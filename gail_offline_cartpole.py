@@ -286,7 +286,8 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
+    names = (args.resume, args.evaluate, args.record_demos)
+    check("" not in names, "--resume, --evaluate or --record-demos: expected a name")
     if args.resume:
         saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
         check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
@@ -551,7 +552,7 @@ class Run:
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
             evaluated = self.curve or not self.finished
-            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger --{BUDGET}")
+            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})

@@ -4,7 +4,7 @@
 
 Of the trajectories that a finished run learnt from, a tenth is held out. Policies are fitted anew
 to the expert's actions on an eighth of the others, a quarter, a half and all, each by the same
-number of updates, so that they differ by nothing but what they have seen.
+number of updates: but for chance they differ by nothing but what they have seen.
 """
 
 import argparse
