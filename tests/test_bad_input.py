@@ -510,10 +510,9 @@ def test_flags(script, argument, tmp_path, capsys):
     assert not listing(tmp_path)
 
 
+@pytest.mark.applies(lambda script: script.module.METRIC == "success_rate")
 def test_few_pairs_and_absorbing_ones(script, tmp_path, refused):
     """An end counts 1 / (1 - gamma) pairs: beside ten of a lap D would see little else."""
-    if script.module.METRIC != "success_rate":
-        pytest.skip("no absorbing pairs, or none of an expert that never falls")
     argv = script.argv(tmp_path / "run", "--num-demos", 1, "--num-pairs", 5, "--absorbing")
     refused(argv, "--num-pairs", "--no-absorbing")
 
