@@ -407,8 +407,7 @@ def train(args):
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         falls = sum(episode["terminated"] for episode in run.demos)
-        both = args.num_pairs and falls  # an end would count as often as in whole episodes
-        check(not both, "--num-pairs: not together with absorbing pairs, expected --no-absorbing")
+        check(not (args.num_pairs and falls), "--num-pairs: expected --no-absorbing beside it")
         expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
@@ -818,7 +817,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # the log made, nothing makes the folder again
+        if not args.resume:  # after the log, which would make a deleted folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal

@@ -558,7 +558,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # the log made, nothing makes the folder again
+        if not args.resume:  # after the log, which would make a deleted folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal

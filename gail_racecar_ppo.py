@@ -429,8 +429,7 @@ def train(args):
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         laps = sum(episode["terminated"] for episode in run.demos)  # taken to be finishes
-        both = args.num_pairs and laps  # an end would count as often as in whole episodes
-        check(not both, "--num-pairs: not together with absorbing pairs, expected --no-absorbing")
+        check(not (args.num_pairs and laps), "--num-pairs: expected --no-absorbing beside it")
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = add_absorbing_pairs(expert_pairs, finished, args.gamma)
     groups = [{"params": policy.parameters()}]
@@ -839,7 +838,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # the log made, nothing makes the folder again
+        if not args.resume:  # after the log, which would make a deleted folder again
             self.save()
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
