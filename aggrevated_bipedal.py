@@ -50,6 +50,7 @@ import sys
 import time
 import zipfile
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 
 import gymnasium as gym
@@ -66,26 +67,45 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
-METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 2
+METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
 EVAL_ENVS = 50
+RECIPES = {  # the hardcore course is hard to fit, and little is gained there by following A*
+    "BipedalWalker-v3": dict(
+        expert="weak",
+        num_envs=20,
+        noise=0.5,
+        hidden=128,
+        standardize=False,
+        caution=1.5,
+        anchor=4.0,
+    ),
+    "BipedalWalkerHardcore-v3": dict(
+        expert="good", num_envs=60, noise=0.3, hidden=512, standardize=True, caution=0.5, anchor=8.0
+    ),
+}
 LEAST_DEVIATION = 0.1  # where a number observed is standardized: at most tenfold
 FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
 
 
 def add_settings(parser):
+    def recipes(help, name):
+        level, hardcore = (recipe[name] for recipe in RECIPES.values())
+        return f"{help} (default: {level}, on the hardcore course {hardcore})"
+
     flag = parser.add_argument_group("expert").add_argument
     shipped = "weak or good (shipped; hardcore: good), or a .zip of stable-baselines3's SAC or TD3"
-    flag("--expert", default="weak", metavar="NAME", help=shipped)
+    flag("--expert", metavar="NAME", help=recipes(shipped, "expert"))
     flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to tell its score")
     few = "to choose the best policy by; where falls are rare, few episodes choose by luck"
-    flag("--validation-episodes", type=number(int, 2, 500), default=100, help=few)
+    flag("--validation-episodes", type=number(int, 2, 500), default=200, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
-    flag("--iterations", type=number(int, 1), default=10, help="of roll in, refit, improve")
-    flag("--num-envs", type=number(int, 1, 10_000), default=10, help="one trajectory each")
+    flag("--iterations", type=number(int, 1), default=20, help="of roll in, refit, improve")
+    one = "one trajectory each"
+    flag("--num-envs", type=number(int, 1, 10_000), help=recipes(one, "num_envs"))
     mixing = "iterations in which alpha, the share that the expert begins, falls from 1 to 0"
     flag("--mixing", type=number(int, 1), default=5, help=mixing)
     noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
-    flag("--noise", type=number(float, 0), default=0.3, help=noise)
+    flag("--noise", type=number(float, 0), help=recipes(noise, "noise"))
     longest = "the expert takes over after a random number of steps below this"
     flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
@@ -100,18 +120,19 @@ def add_settings(parser):
     dagger = "dagger imitates: no Q*, and roll-ins with neither noise nor the expert's tail"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
-    flag("--policy-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
-    anneal = "let --policy-lr fall to 0 in each iteration: for an expert hard to fit"
-    flag("--anneal", action=argparse.BooleanOptionalAction, default=False, help=anneal)
+    flag("--policy-lr", type=number(float, 0), default=2e-3, help="step size of Adam")
+    anneal = "let --policy-lr fall to 0 in each iteration"
+    flag("--anneal", action=argparse.BooleanOptionalAction, default=True, help=anneal)
     flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
-    standard = "the networks' inputs, by the expert's first trajectories: for one hard to fit"
-    flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
-    flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the two hidden layers")
+    standard = recipes("the networks' inputs, by the expert's first trajectories", "standardize")
+    flag("--standardize", action=argparse.BooleanOptionalAction, help=standard)
+    width = "width of the two hidden layers"
+    flag("--hidden", type=number(int, 1, 4_096), help=recipes(width, "hidden"))
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
     caution = "how many deviations of the critics to take off their mean: a lower bound"
-    flag("--caution", type=number(float, 0), default=0.5, help=caution)
+    flag("--caution", type=number(float, 0), help=recipes(caution, "caution"))
     anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
-    flag("--anchor", type=number(float, 0), default=8.0, help=anchor)
+    flag("--anchor", type=number(float, 0), help=recipes(anchor, "anchor"))
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -327,7 +348,7 @@ def make_expert(args):
         critics = {name.split(".")[1] for name in weights if name.startswith("critic.")}
         check(critics == {"qf0", "qf1"}, f"critics {sorted(critics)}, expected ['qf0', 'qf1']")
         expert = Expert(weights)
-        check_finite(expert.state_dict())
+        check_finite(expert)
         observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
         check(expert.greedy(observations).shape == actions.shape, "other actions, expected 4")
         values = expert.critics(observations, actions).shape
@@ -401,10 +422,7 @@ class Transitions:
         return self.columns
 
     def load_state_dict(self, state):
-        steps = len(state["rewards"])
-        own = {name: x.new_empty(steps, *x.shape[1:]) for name, x in self.columns.items()}
-        check_like(state, own)
-        self.columns = {name: state[name] for name in own}
+        self.columns = state
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -523,10 +541,10 @@ def train(args):
 
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
-MAY_CHANGE = (  # beside --resume
+MAY_CHANGE = {  # beside --resume
     *(BUDGET, "resume", "eval_episodes", "capture_video", "render"),
     *("out", "device", "num_threads", "no_progress"),
-)
+}
 
 
 class BadInput(Exception):
@@ -535,6 +553,14 @@ class BadInput(Exception):
 
 class Failed(Exception):
     """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+# --- flags ----------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -556,7 +582,7 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    """The flags; where a run is resumed, its settings stand for the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
@@ -576,65 +602,19 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
     if args.resume:
-        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
-        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
-        script = saved.pop("script", None)
-        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
-        settings = []  # as flags once more, so that argparse checks them
-        for name, value in saved.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                word = f"--{'' if value else 'no-'}{flag}"
-                settings += [word] * (value != parser.get_default(name))
-            elif value is not None:
-                settings.append(f"--{flag}={value}")
-        resume, before = args.resume, vars(parser.parse_args(settings))
-        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
-        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
-        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
+        saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
+    for name, value in RECIPES[args.env_id].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     return args
 
 
-def check(condition, message):
-    if not condition:
-        raise BadInput(message)
-
-
-def check_finite(named):
-    sound = all(x.float().isfinite().all() for x in named.values())  # as the networks see them
-    check(sound, "numbers that are NaN or infinite")
-
-
-def check_stored(content):
-    """Refuse tensors that claim to be more than the file holds, in a nest of dicts and lists."""
-    if isinstance(content, torch.Tensor):
-        check(content.nbytes <= content.untyped_storage().nbytes(), "a tensor without its data")
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            check_stored(part)
-
-
-def check_like(found, own):
-    """Refuse tensors of another shape or type than those of the same name in `own`, and NaN."""
-    own = {name: x for name, x in own.items() if isinstance(x, torch.Tensor)}
-    for name, x in own.items():
-        fits = found[name].shape == x.shape and found[name].dtype == x.dtype
-        check(fits, f"{name} of another shape or type, expected {tuple(x.shape)}, {x.dtype}")
-    check_finite({name: found[name] for name in own})
-
-
-def load_moments(adam, saved):
-    """Adam's moments, whose sizes it would not check; its settings follow from the flags."""
-    parameters = [x for group in adam.param_groups for x in group["params"]]
-    for i, moments in saved.items():
-        x = parameters[i]
-        check_like(moments, {"step": torch.zeros(()), "exp_avg": x, "exp_avg_sq": x})
-        sane = moments["step"] >= 1 and (moments["exp_avg_sq"] >= 0).all()
-        check(sane, "moments that Adam never has")
-        adam.state[x] = {name: moment.contiguous().to(x.device) for name, moment in moments.items()}
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read(path, reader):
@@ -661,6 +641,53 @@ def write(path, writer):
 
 def write_json(path, content):
     write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def write_checkpoint(path, state):
+    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+
+    def writer(file):
+        torch.save({"script": SCRIPT, **state}, file)
+        file.write(sha256(file.getvalue()).digest())
+
+    write(path, writer)
+
+
+def read_checkpoint(path):
+    content = path.read_bytes()
+    state, digest = content[:-32], content[-32:]
+    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
+    check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+    return state
+
+
+def read_policy(path):
+    """The environment's id and the policy of a policy.pt."""
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+    check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+    with torch.device("meta"):  # no memory for sizes that are only declared
+        policy = Policy(**saved["network"])
+    policy.load_state_dict(saved["weights"], assign=True)
+    check_finite(policy.float())
+    return saved["env_id"], policy
+
+
+def check_finite(network):
+    sound = all(x.isfinite().all() for x in network.state_dict().values())
+    check(sound, "weights that are NaN or infinite, expected numbers")
+
+
+def check_moments(adam):
+    """Fused, it would write beyond moments that are smaller than their weights."""
+    for weights, moments in adam.state.items():
+        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+            fits = moment.shape == weights.shape and moment.is_contiguous()
+            check(fits, f"Adam's moments {tuple(moment.shape)}, expected {tuple(weights.shape)}")
+
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def play(act, env_id, episodes, seed):
@@ -734,9 +761,7 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(array, device=device) for array in arrays]
 
 
-def versions():
-    names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+# --- run folder -----------------------------------------------------------------------------------
 
 
 class Run:
@@ -748,8 +773,8 @@ class Run:
         began = time.perf_counter()
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        name = args.run_name or f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
         self.expert = make_expert(args)
@@ -772,8 +797,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # after the log, which would make a deleted folder again
-            self.save()
+        self.save()  # after the log, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -781,30 +805,19 @@ class Run:
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
-        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
+        state |= {"seconds": self.seconds, "rng": torch.get_rng_state()}
         if self.args.device == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def load(self, path):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        check_stored(state)
-        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        state = read_checkpoint(path)
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Adam):
-                load_moments(part, state[name]["state"])
-                continue
             part.load_state_dict(state[name])
-            if isinstance(part, nn.Module):
-                check_finite(part.state_dict())
-        self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
-        check(isinstance(self.curve, list), "a curve that is no list")
-        self.count = {name: int(state["run"]["count"][name]) for name in self.count}
-        for point in self.curve:
-            numbers = all(isinstance(value, int | float) for value in point.values())
-            known = {METRIC, "wall_seconds", *self.count} <= point.keys()
-            check(numbers and known, f"no numbers in its curve, expected {METRIC} and others")
+            if isinstance(part, torch.optim.Adam):
+                check_moments(part)
+        self.count, self.curve, self.seconds = (state[k] for k in ("count", "curve", "seconds"))
         torch.set_rng_state(state["rng"])
         if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -853,24 +866,18 @@ class Run:
         saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
-        learner = self.evaluate(policy, 500, args.eval_episodes)
-        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
-        samples |= {"expert": self.others, "learner": self.played}
+        results = {"learner": self.evaluate(policy, 500, args.eval_episodes)}
+        samples = {"learner": self.played, "expert": self.others}
+        samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
+        results["random"] = statistics(samples["random"])
         experts = [*self.others, *self.held_out]
-        results = {"random": statistics(samples["random"]), "learner": learner}
         results["expert"] = statistics(experts)
         distances = occupancy_distances(env_id, self.held_out, samples)
         for name, result in results.items():
             result["occupancy_distance"] = distances[name]
         both = ([e["rewards"].sum() for e in episodes] for episodes in (self.played, experts))
         gains = np.array([ours - theirs for ours, theirs in zip(*both)])  # on the same seeds
-        solved = {}  # where the kept policy is good enough, the first that validated as such
-        if learner[METRIC] >= TASKS[env_id]:
-            kept = max(self.curve, key=lambda point: point[METRIC])
-            solved = next((p for p in self.curve if p[METRIC] >= TASKS[env_id]), kept)
-        verdict = f"not solved: {METRIC} {learner[METRIC]:.4g} of {TASKS[env_id]:g}"
-        if solved:
-            verdict = f"solved at {solved[CLOCK]:,} {BUDGET}, {solved['wall_seconds']:.1f} s"
+        solved, verdict = self.judge(results["learner"])
         error = gains.std(ddof=1) / len(gains) ** 0.5
         verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) to its expert"
         summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
@@ -887,6 +894,20 @@ class Run:
             print(f"{name:8}{describe(results[name])}")
         print(f"verdict {summary['verdict']}\nrun     {folder}")
         return summary
+
+    def judge(self, learner):
+        """Where the kept policy is good: the first validation as good, or its own; a sentence."""
+        good = TASKS[self.args.env_id]
+        if learner[METRIC] < good:
+            return {}, f"not solved: {METRIC} {learner[METRIC]:.4g} of {good:g}"
+        kept = max(self.curve, key=lambda point: point[METRIC])
+        first = next((point for point in self.curve if point[METRIC] >= good), kept)
+        return first, f"solved at {first[CLOCK]:,} {BUDGET}, {first['wall_seconds']:.1f} s"
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 def describe(result):
@@ -931,23 +952,13 @@ def show(policy, args, folder):
             raise Failed(f"showing the policy failed: {error}") from error
 
 
+# --- main -----------------------------------------------------------------------------------------
+
+
 def evaluate_file(args):
     """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
-
-    def load(path):
-        saved = torch.load(path, weights_only=True, map_location=args.device)
-        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
-        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-        with torch.device("meta"):  # no memory for sizes that are only declared
-            shapes = {k: x.shape for k, x in Policy(**saved["network"]).state_dict().items()}
-        fit = shapes == {k: x.shape for k, x in saved["weights"].items()}
-        check(fit, f"weights of other sizes, expected those of {saved['network']}")
-        policy = Policy(**saved["network"]).to(args.device)
-        policy.load_state_dict(saved["weights"])
-        check_finite(saved["weights"])
-        return saved["env_id"], policy
-
-    args.env_id, policy = read(args.evaluate, load)
+    args.env_id, policy = read(args.evaluate, read_policy)
+    policy.to(args.device)
     folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
@@ -972,8 +983,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         command = "as before"
         if Run.latest:
-            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
-            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

@@ -222,19 +222,19 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, demonstrations, evaluation, run folder, main. It is the same text in every
-# script with demonstrations and holds nothing of the algorithm: read it once. From above it takes
-# TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
+# every script with demonstrations and holds nothing of the algorithm: read it once. From above it
+# takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
 # make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
-MAY_CHANGE = (  # beside --resume
+MAY_CHANGE = {  # beside --resume
     *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
     *("out", "device", "num_threads", "no_progress"),
-)
+}
 
 
 class BadInput(Exception):
@@ -243,6 +243,14 @@ class BadInput(Exception):
 
 class Failed(Exception):
     """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+# --- flags ----------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -264,7 +272,7 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its args.json in place of the defaults."""
+    """The flags; where a run is resumed, its settings stand for the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
@@ -286,68 +294,20 @@ def parse_args(argv=None):
     flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    names = (args.resume, args.evaluate, args.record_demos)
-    check("" not in names, "--resume, --evaluate or --record-demos: expected a name")
+    named = (args.resume, args.evaluate, args.record_demos)
+    check("" not in named, "--resume, --evaluate or --record-demos: expected a name")
     if args.resume:
-        saved = read(Path(args.resume, "args.json"), lambda path: json.loads(path.read_text()))
-        check(isinstance(saved, dict), f"--resume {args.resume}: its args.json holds no settings")
-        script = saved.pop("script", None)
-        check(script == SCRIPT, f"--resume {args.resume}: a run of {script}, expected {SCRIPT}")
-        settings = []  # as flags once more, so that argparse checks them
-        for name, value in saved.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                word = f"--{'' if value else 'no-'}{flag}"
-                settings += [word] * (value != parser.get_default(name))
-            elif value is not None:
-                settings.append(f"--{flag}={value}")
-        resume, before = args.resume, vars(parser.parse_args(settings))
-        args = parser.parse_args(settings + list(sys.argv[1:] if argv is None else argv))
-        changed = [k for k, v in before.items() if getattr(args, k) != v and k not in MAY_CHANGE]
-        check(not changed, f"--resume {resume}: {', '.join(changed)} cannot change on the way")
+        saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     return args
 
 
-def check(condition, message):
-    if not condition:
-        raise BadInput(message)
-
-
-def check_finite(named):
-    sound = all(x.float().isfinite().all() for x in named.values())  # as the networks see them
-    check(sound, "numbers that are NaN or infinite")
-
-
-def check_stored(content):
-    """Refuse tensors that claim to be more than the file holds, in a nest of dicts and lists."""
-    if isinstance(content, torch.Tensor):
-        check(content.nbytes <= content.untyped_storage().nbytes(), "a tensor without its data")
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            check_stored(part)
-
-
-def check_like(found, own):
-    """Refuse tensors of another shape or type than those of the same name in `own`, and NaN."""
-    own = {name: x for name, x in own.items() if isinstance(x, torch.Tensor)}
-    for name, x in own.items():
-        fits = found[name].shape == x.shape and found[name].dtype == x.dtype
-        check(fits, f"{name} of another shape or type, expected {tuple(x.shape)}, {x.dtype}")
-    check_finite({name: found[name] for name in own})
-
-
-def load_moments(adam, saved):
-    """Adam's moments, whose sizes it would not check; its settings follow from the flags."""
-    parameters = [x for group in adam.param_groups for x in group["params"]]
-    for i, moments in saved.items():
-        x = parameters[i]
-        check_like(moments, {"step": torch.zeros(()), "exp_avg": x, "exp_avg_sq": x})
-        sane = moments["step"] >= 1 and (moments["exp_avg_sq"] >= 0).all()
-        check(sane, "moments that Adam never has")
-        adam.state[x] = {name: moment.contiguous().to(x.device) for name, moment in moments.items()}
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read(path, reader):
@@ -376,10 +336,57 @@ def write_json(path, content):
     write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
+def write_checkpoint(path, state):
+    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+
+    def writer(file):
+        torch.save({"script": SCRIPT, **state}, file)
+        file.write(sha256(file.getvalue()).digest())
+
+    write(path, writer)
+
+
+def read_checkpoint(path):
+    content = path.read_bytes()
+    state, digest = content[:-32], content[-32:]
+    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
+    check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+    return state
+
+
+def read_policy(path):
+    """The environment's id and the policy of a policy.pt."""
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
+    check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
+    with torch.device("meta"):  # no memory for sizes that are only declared
+        policy = Policy(**saved["network"])
+    policy.load_state_dict(saved["weights"], assign=True)
+    check_finite(policy.float())
+    return saved["env_id"], policy
+
+
+def check_finite(network):
+    sound = all(x.isfinite().all() for x in network.state_dict().values())
+    check(sound, "weights that are NaN or infinite, expected numbers")
+
+
+def check_moments(adam):
+    """Fused, it would write beyond moments that are smaller than their weights."""
+    for weights, moments in adam.state.items():
+        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+            fits = moment.shape == weights.shape and moment.is_contiguous()
+            check(fits, f"Adam's moments {tuple(moment.shape)}, expected {tuple(weights.shape)}")
+
+
+# --- demonstrations -------------------------------------------------------------------------------
+
+
 def read_demos(path, env_id):
     """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
-    members = zipfile.ZipFile(path).infolist()
-    check(sum(member.file_size for member in members) < 2**31, "unpacks to more than 2 GB")
+    unpacked = sum(member.file_size for member in zipfile.ZipFile(path).infolist())
+    check(unpacked < 2**31, "unpacks to more than 2 GB")
     needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
     with np.load(path, allow_pickle=False) as archive:
         missing = sorted(needed - set(archive))
@@ -404,11 +411,12 @@ def read_demos(path, env_id):
     valid = batch_space(env.action_space, size).contains(arrays["actions"])
     check(valid, f"actions out of range, expected {env.action_space}")
     cuts = np.flatnonzero(starts)[1:]
-    parts = [np.split(arrays[name], cuts) for name in ("observations", "actions")]
-    no_rewards = [None] * (len(cuts) + 1)
-    parts.append(np.split(arrays["rewards"], cuts) if "rewards" in arrays else no_rewards)
-    names = ("observations", "actions", "rewards", "terminated")
-    return [dict(zip(names, episode)) for episode in zip(*parts, arrays["terminated"])]
+    columns = {k: np.split(arrays[k], cuts) for k in ("observations", "actions")}
+    columns["terminated"] = arrays["terminated"]
+    columns["rewards"] = [None] * len(arrays["terminated"])
+    if "rewards" in arrays:
+        columns["rewards"] = np.split(arrays["rewards"], cuts)
+    return [dict(zip(columns, episode)) for episode in zip(*columns.values())]
 
 
 def record_demos(path, args):
@@ -451,6 +459,16 @@ def load_demos(args):
         rows = rng.choice(length, args.num_pairs, replace=False)
         episode.update({k: episode[k][rows] for k in ("observations", "actions")})
     return chosen, episodes[:cut], episodes[cut:]
+
+
+def tensors(episodes, device="cpu"):
+    """The observations and the actions of all episodes: (pairs, ...) both."""
+    names = ("observations", "actions")
+    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
+    return [torch.as_tensor(array, device=device) for array in arrays]
+
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def play(act, env_id, episodes, seed):
@@ -517,16 +535,7 @@ def occupancy_distances(env_id, held_out, samples):
     return {name: distance / distances["random"] for name, distance in distances.items()}
 
 
-def tensors(episodes, device="cpu"):
-    """The observations and the actions of all episodes: (pairs, ...) both."""
-    names = ("observations", "actions")
-    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
-    return [torch.as_tensor(array, device=device) for array in arrays]
-
-
-def versions():
-    names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+# --- run folder -----------------------------------------------------------------------------------
 
 
 class Run:
@@ -538,8 +547,8 @@ class Run:
         began = time.perf_counter()
         self.args, self.curve, self.seconds = args, [], 0.0
         self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        name = f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        self.folder = Path(args.resume or Path(args.out, args.run_name or name))
+        name = args.run_name or f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
         self.demos, self.others, self.held_out = load_demos(args)
@@ -558,8 +567,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        if not args.resume:  # after the log, which would make a deleted folder again
-            self.save()
+        self.save()  # after the log, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -567,30 +575,19 @@ class Run:
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state["run"] = {name: getattr(self, name) for name in ("count", "curve", "seconds")}
-        state["script"], state["rng"] = SCRIPT, torch.get_rng_state()
+        state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
+        state |= {"seconds": self.seconds, "rng": torch.get_rng_state()}
         if self.args.device == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def load(self, path):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        check_stored(state)
-        check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
+        state = read_checkpoint(path)
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Adam):
-                load_moments(part, state[name]["state"])
-                continue
             part.load_state_dict(state[name])
-            if isinstance(part, nn.Module):
-                check_finite(part.state_dict())
-        self.curve, self.seconds = state["run"]["curve"], float(state["run"]["seconds"])
-        check(isinstance(self.curve, list), "a curve that is no list")
-        self.count = {name: int(state["run"]["count"][name]) for name in self.count}
-        for point in self.curve:
-            numbers = all(isinstance(value, int | float) for value in point.values())
-            known = {METRIC, "wall_seconds", *self.count} <= point.keys()
-            check(numbers and known, f"no numbers in its curve, expected {METRIC} and others")
+            if isinstance(part, torch.optim.Adam):
+                check_moments(part)
+        self.count, self.curve, self.seconds = (state[k] for k in ("count", "curve", "seconds"))
         torch.set_rng_state(state["rng"])
         if self.args.device == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -636,28 +633,22 @@ class Run:
         saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
-        learner = self.evaluate(policy, 500)
-        samples = {"random": play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)}
-        samples |= {"expert": self.others, "learner": self.played}
-        known = all(episode["rewards"] is not None for episode in self.others)
-        results = {"random": statistics(samples["random"]), "learner": learner}
-        results["expert"] = statistics(self.others + self.held_out) if known else None
-        distances = dict.fromkeys(results)
+        results = {"learner": self.evaluate(policy, 500), "expert": None}
+        samples = {"learner": self.played, "expert": self.others}
+        samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
+        results["random"] = statistics(samples["random"])
+        if all(episode["rewards"] is not None for episode in self.others):
+            results["expert"] = statistics(self.others + self.held_out)
+        distances = dict.fromkeys(samples)
         if self.held_out:
             distances = occupancy_distances(env_id, self.held_out, samples)
         for name, result in results.items():
             if result:
                 result["occupancy_distance"] = distances[name]
-        points = [*self.curve, learner]
-        failures = [i for i, point in enumerate(points) if point[METRIC] < TASKS[env_id]]
-        solved = (self.curve[failures[-1] + 1 if failures else 0 :] or [{}])[0]
-        last = points[failures[-1] if failures else -1]
-        verdict = f"not solved: {METRIC} {last[METRIC]:.4g} of {TASKS[env_id]:g}"
-        if solved:
-            verdict = f"solved at {solved[CLOCK]:,} {CLOCK}, {solved['wall_seconds']:.1f} s"
-        pairs = tensors(self.demos)
-        demos = {"episodes": len(self.demos), "pairs": len(pairs[1])}
-        demos["sha256"] = sha256(b"".join(x.numpy().tobytes() for x in pairs)).hexdigest()
+        solved, verdict = self.judge(results["learner"])
+        observations, actions = (x.numpy().tobytes() for x in tensors(self.demos))
+        demos = {"episodes": len(self.demos), "pairs": sum(len(e["actions"]) for e in self.demos)}
+        demos["sha256"] = sha256(observations + actions).hexdigest()
         summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
         summary |= {name: self.count[name] for name in ("env_steps", "updates")}
         summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
@@ -672,6 +663,21 @@ class Run:
             print(f"{name:8}{describe(results[name])}")
         print(f"verdict {summary['verdict']}\nrun     {folder}")
         return summary
+
+    def judge(self, learner):
+        """The first evaluation from which on all are good, the final one too, and a sentence."""
+        good, points = TASKS[self.args.env_id], [*self.curve, learner]
+        failures = [i for i, point in enumerate(points) if point[METRIC] < good]
+        stable = self.curve[failures[-1] + 1 if failures else 0 :]
+        if not stable:
+            return {}, f"not solved: {METRIC} {points[failures[-1]][METRIC]:.4g} of {good:g}"
+        seconds = f"{stable[0]['wall_seconds']:.1f} s"
+        return stable[0], f"solved at {stable[0][CLOCK]:,} {CLOCK}, {seconds}"
+
+
+def versions():
+    names = ("torch", "gymnasium", "numpy", "tensorboard")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 def describe(result):
@@ -716,23 +722,13 @@ def show(policy, args, folder):
             raise Failed(f"showing the policy failed: {error}") from error
 
 
+# --- main -----------------------------------------------------------------------------------------
+
+
 def evaluate_file(args):
     """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
-
-    def load(path):
-        saved = torch.load(path, weights_only=True, map_location=args.device)
-        check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
-        check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-        with torch.device("meta"):  # no memory for sizes that are only declared
-            shapes = {k: x.shape for k, x in Policy(**saved["network"]).state_dict().items()}
-        fit = shapes == {k: x.shape for k, x in saved["weights"].items()}
-        check(fit, f"weights of other sizes, expected those of {saved['network']}")
-        policy = Policy(**saved["network"]).to(args.device)
-        policy.load_state_dict(saved["weights"])
-        check_finite(saved["weights"])
-        return saved["env_id"], policy
-
-    args.env_id, policy = read(args.evaluate, load)
+    args.env_id, policy = read(args.evaluate, read_policy)
+    policy.to(args.device)
     folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
     result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
     write_json(folder / "evaluation.json", result)
@@ -759,8 +755,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         command = "as before"
         if Run.latest:
-            budget = f"--{BUDGET.replace('_', '-')} {getattr(Run.latest.args, BUDGET)}"
-            command = f"python {SCRIPT}.py --resume {Run.latest.folder} {budget}"
+            command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
         return 130
 

@@ -68,10 +68,10 @@ def main():
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--updates", type=int, default=12_000, help="of each policy")
     chosen = parser.parse_args()
-    args = script.parse_args(["--resume", chosen.run])
-    args.policy_updates = chosen.updates
     torch.set_num_threads(1)
-    checkpoint = torch.load(Path(chosen.run, "checkpoint.pt"), weights_only=True)
+    checkpoint = script.read_checkpoint(Path(chosen.run, "checkpoint.pt"))
+    args = argparse.Namespace(**checkpoint["args"])
+    args.policy_updates = chosen.updates
     columns = checkpoint["transitions"]
     pairs = (columns["observations"], columns["expert_actions"])
     trajectory = trajectory_of(columns["last"])

@@ -92,19 +92,24 @@ def variant_line(runs):
     if key == "success_rate":
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
         line["episode's length by the expert's"] = median(laps, ".2f")
-    if "paired_differences" in runs[0]:  # the learner's and the expert's returns of each start
-        gains = np.array([run["paired_differences"] for run in runs])  # (seeds, episodes)
-        rng = np.random.default_rng(0)
-        seeds = rng.integers(len(gains), size=(10_000, len(gains), 1))
-        episodes = rng.integers(gains.shape[1], size=(10_000, *gains.shape))
-        low, high = np.percentile(gains[seeds, episodes].mean((1, 2)), [2.5, 97.5])
+    if "paired_differences" in runs[0]:
         line["random"] = f"{np.mean([run['random'][key] for run in runs]):.1f}"
         line["expert"] = f"{np.mean([run['expert'][key] for run in runs]):.1f}"
-        line["learner - expert [95 %]"] = f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+        line["learner - expert [95 %]"] = paired_gain(runs)
     if "accuracy/held_out" in runs[0]["curve"][-1]:
         accuracies = [run["curve"][-1]["accuracy/held_out"] for run in runs]
         line["held-out accuracy"] = f"{np.mean(accuracies):.3f}"
     return line
+
+
+def paired_gain(runs):
+    """The learner's return less the expert's on the same starts, with its 95 % interval."""
+    gains = np.array([run["paired_differences"] for run in runs])  # (seeds, episodes)
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(len(gains), size=(10_000, len(gains), 1))
+    episodes = rng.integers(gains.shape[1], size=(10_000, *gains.shape))
+    low, high = np.percentile(gains[seeds, episodes].mean((1, 2)), [2.5, 97.5])
+    return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def peer_line(rows):
@@ -126,6 +131,14 @@ def peer_line(rows):
     return line
 
 
+def markdown(lines):
+    """A table of lines, each {heading: text}; a heading may be missing in some."""
+    headings = list(dict.fromkeys(heading for line in lines for heading in line))
+    cells = [headings, ["---"] * len(headings)]
+    cells += [[line.get(heading, "") for heading in headings] for line in lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
 @cache
 def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -133,23 +146,25 @@ def load(name):
 
 def side_by_side(names, folder):
     """The Markdown of several experiments with the same variants: a line each, mean ± std."""
-    cells = []
+    lines = []
     for name in names:
         line = {"experiment": f"`{name}`"}
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             key, _, unit = metric(runs)
             values = unit * np.array([run["learner"][key] for run in runs])
             line[variant] = f"{values.mean():.1f} ± {values.std():.1f}"
+            if "paired_differences" in runs[0]:
+                line[variant] += f" ({paired_gain(runs)})"
         every = load(name)["runs"]
-        line |= {"steps to solved": "none", "steps used": "none"}
-        if any(run["env_steps"] for run in every):
-            line["steps to solved"] = median([run["solved_at_env_steps"] for run in every])
-            line["steps used"] = median([run["env_steps"] for run in every])
-        cells.append(line)
-    rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(line.values()) for line in cells)]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        if "paired_differences" not in every[0]:
+            stepped = any(run["env_steps"] for run in every)
+            solved, used = ([r[k] for r in every] for k in ("solved_at_env_steps", "env_steps"))
+            line["steps to solved"] = median(solved) if stepped else "none"
+            line["steps used"] = median(used) if stepped else "none"
+        lines.append(line)
     files = ", ".join(f"[{name}.json]({folder}/{name}.json)" for name in names)
-    return f"{text}\nMade by `python benchmark/run.py {' '.join(names)}`; all runs: {files}.\n"
+    command = f"python benchmark/run.py {' '.join(names)}"
+    return f"{markdown(lines)}\nMade by `{command}`; all runs: {files}.\n"
 
 
 def table(name, folder):
@@ -164,12 +179,10 @@ def table(name, folder):
         lines = [{key: str(value) for key, value in row.items()} for row in result["table"]]
     else:
         lines = [variant_line(runs) for runs in groups(result["runs"], "variant").values()]
-    headings = list(dict.fromkeys(heading for line in lines for heading in line))
-    cells = [headings, ["---"] * len(headings)]
-    cells += [[line.get(heading, "") for heading in headings] for line in lines]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in cells)
-    where = f", on {result['machine']}" if "machine" in result else ""
-    return f"{text}\nMade by `{result['command']}`{where}; all runs: [{name}.json]({folder}).\n"
+    made_by = f"`{result['command']}`"
+    if "machine" in result:
+        made_by += f", on {result['machine']}"
+    return f"{markdown(lines)}\nMade by {made_by}; all runs: [{name}.json]({folder}).\n"
 
 
 def fill(page):
@@ -249,14 +262,15 @@ def main():
     check = parser.parse_args().check
     pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
     pages = [page for page in pages if page.exists()]
+    figures = {m[3] for page in pages for m in BLOCK.finditer(page.read_text()) if m[2] == "figure"}
     stale = [page for page in pages if fill(page) != page.read_text()]
     for page in stale:
         print(f"{page.relative_to(ROOT)}: {'differs from the results' if check else 'written'}")
         if not check:
             page.write_text(fill(page))
-    for path in [] if check else sorted(RESULTS.glob("*.json")):
-        if "runs" in load(path.stem):
-            draw(path.stem)
+    for name in [] if check else sorted(figures):
+        if (RESULTS / f"{name}.json").exists():
+            draw(name)
     return int(check and bool(stale))
 
 

@@ -37,7 +37,7 @@ PER_TASK = {
 ASKING = {"aggrevated_bipedal.py"}
 OWN_HARNESS = {
     *("parse_args", "main"),
-    *("Run.__init__", "Run.record", "Run.evaluate", "Run.finish"),
+    *("Run.__init__", "Run.record", "Run.evaluate", "Run.finish", "Run.judge"),
 }
 TASKS = ("cartpole", "racecar", "bipedal")
 

@@ -200,6 +200,18 @@ def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
     assert seen == [0.5 * share for share in falling] * 2
 
 
+@pytest.mark.parametrize("env_id", script.TASKS)
+def test_a_task_has_settings_of_its_own(env_id):
+    """Where a flag is given it counts, and so it does if it says no."""
+    recipe = script.RECIPES[env_id]
+    args = vars(script.parse_args(["--env-id", env_id]))
+    assert {name: args[name] for name in recipe} == recipe
+    flags = ["--noise", "0", "--no-standardize", "--hidden", "3"]
+    args = vars(script.parse_args(["--env-id", env_id, *flags]))
+    given = {"noise": 0.0, "standardize": False, "hidden": 3}
+    assert {name: args[name] for name in recipe} == recipe | given
+
+
 @pytest.mark.parametrize("flag", ["--standardize", "--no-standardize"])
 def test_what_is_standardized(flag, tmp_path):
     """By the states of the first iteration, which a checkpoint holds, and critics with actions."""

@@ -139,15 +139,15 @@ def whole(begin, argv, tmp_path_factory):
     return folder, time.monotonic() - began
 
 
-def readable(folder):
-    return finite(torch.load(folder / "checkpoint.pt", weights_only=True)["run"])
+def readable(script, folder):
+    return finite(script.module.read_checkpoint(folder / "checkpoint.pt"))
 
 
 STOPS = {"kill -9": (signal.SIGKILL, 2, 50), "Ctrl-C": (signal.SIGINT, 1, 20)}
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_stopped_at_random_moments(name, begin, argv, whole, tmp_path, quick, long, report):
+def test_stopped_at_random_moments(name, script, begin, argv, whole, tmp_path, quick, long, report):
     number, short, many = STOPS[name]
     policy, seconds = weights(whole[0]), whole[1]
     rng, folder = np.random.default_rng(number), tmp_path / "run"
@@ -170,7 +170,7 @@ def test_stopped_at_random_moments(name, begin, argv, whole, tmp_path, quick, lo
         else:
             assert status in (0, -number), run.text()
         if (folder / "checkpoint.pt").exists():
-            assert readable(folder)
+            assert readable(script, folder)
         if status == 0:
             finished += 1
             seconds = seconds if resumed else min(seconds, time.monotonic() - began)
@@ -472,7 +472,7 @@ class Loaded(Exception):
 def mutate(script, argv, path, other, many, tmp_path, errors):
     """Runs in a fork. Damages the file `many` times and writes what came of it to counts.json.
 
-    What loads begins to train, up to the end of its first iteration where it is a checkpoint."""
+    What loads begins to train."""
     original, module, run = path.read_bytes(), script.module, tmp_path / "run"
     counts = {"refused": 0, "unnoticed": 0, "s the longest": 0.0, "MB at most": 0}
     played = module.play(None, script.task.env_id, 4, 0)
@@ -537,4 +537,5 @@ def test_any_damage_to_a_file(script, loader, finish, tmp_path, quick, long, rep
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["s the longest"] < 20 and counts["MB at most"] < 500
     assert counts["refused"] > 0.2 * many
+    assert loader != "checkpoint" or counts["unnoticed"] == 0  # its digest notices all
     report(f"damage to {loader}", **counts)

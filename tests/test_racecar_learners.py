@@ -261,7 +261,7 @@ def test_the_schedule_is_counted_in_steps(learner, tmp_path):
         folder = tmp_path / str(schedule)
         learner.run(folder, "--schedule", str(schedule))
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-        steps = checkpoint["run"]["count"]["env_steps"] - 64  # before the last rollout of 2 x 32
+        steps = checkpoint["count"]["env_steps"] - 64  # before the last rollout of 2 x 32
         assert schedule != 256 or steps == 128
         assert math.isclose(checkpoint["policy"]["std"], left * module.STD, rel_tol=1e-5)
 

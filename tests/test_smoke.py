@@ -239,7 +239,7 @@ def checkpoint(folder):
 
 
 def done(case, folder):
-    return checkpoint(folder)["run"]["count"][case.module.CLOCK]
+    return checkpoint(folder)["count"][case.module.CLOCK]
 
 
 def test_resumed_half_way(case, finished, tmp_path):
@@ -278,11 +278,7 @@ def test_interrupted(script, tmp_path, quick, capsys, long_walks):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     python, name, *argv = errors.split("go on with: ")[1].split()
-    budget = f"--{script.module.BUDGET.replace('_', '-')}"
-    assert (python, name, argv) == (
-        *("python", script.path.name),
-        ["--resume", str(folder), budget, "1000000000"],
-    )
+    assert (python, name, argv) == ("python", script.path.name, ["--resume", str(folder)])
 
     budget = done(script, folder) + 1
     policy = script.resume(folder, budget)
@@ -310,7 +306,7 @@ def test_resumed_with_less_before_the_first_evaluation(script, tmp_path, monkeyp
         patch.setattr(run, "record", stop)
         argv = script.argv(tmp_path / "run", "--eval-every", 10**9)
         assert script.module.main(argv) == 130
-    assert done(script, tmp_path / "run") > 0 and not checkpoint(tmp_path / "run")["run"]["curve"]
+    assert done(script, tmp_path / "run") > 0 and not checkpoint(tmp_path / "run")["curve"]
     budget = f"--{script.module.BUDGET.replace('_', '-')}"
     capsys.readouterr()
     assert script.module.main(["--resume", str(tmp_path / "run"), budget, "1"]) == 2
@@ -410,6 +406,22 @@ def test_when_it_evaluates(script, tmp_path, quick):
     script.run(tmp_path / "run", "--eval-every", 150)  # 100, 200, 300 updates
     curve = read_json(tmp_path / "run" / "summary.json")["curve"]
     assert [point["updates"] for point in curve] == [200, 300]
+
+
+def test_what_may_change_on_the_way_is_kept(script, tmp_path, monkeypatch, quick):
+    """From the start on: a larger budget is not forgotten where the run is stopped once more."""
+    script.run(tmp_path / "run", budget=script.half)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.module.Run, "record", stop)
+        argv = ["--resume", str(tmp_path / "run"), script.budget, str(script.full)]
+        assert script.module.main([*argv, "--eval-episodes", "3"]) == 130
+    assert script.module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert done(script, tmp_path / "run") >= script.full
+    assert read_json(tmp_path / "run" / "summary.json")["learner"]["episodes"] == 3
 
 
 def test_a_resumed_runs_curve_and_clock_go_on(script, tmp_path, quick):
