@@ -778,6 +778,8 @@ class Run:
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
         self.expert = make_expert(args)
+        weights = (x.cpu().numpy().tobytes() for x in self.expert.state_dict().values())
+        self.digest = sha256(b"".join(weights)).hexdigest()
         seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # the final evaluation's, to be paired
         episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
         print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
@@ -806,13 +808,14 @@ class Run:
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
-        state |= {"seconds": self.seconds, "rng": torch.get_rng_state()}
+        state |= {"seconds": self.seconds, "digest": self.digest, "rng": torch.get_rng_state()}
         if self.args.device == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def load(self, path):
         state = read_checkpoint(path)
+        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):

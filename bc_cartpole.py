@@ -513,6 +513,7 @@ class Run:
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
         self.demos, self.others, self.held_out = load_demos(args)
+        self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -537,13 +538,14 @@ class Run:
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
-        state |= {"seconds": self.seconds, "rng": torch.get_rng_state()}
+        state |= {"seconds": self.seconds, "digest": self.digest, "rng": torch.get_rng_state()}
         if self.args.device == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         write_checkpoint(self.folder / "checkpoint.pt", state)
 
     def load(self, path):
         state = read_checkpoint(path)
+        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):
@@ -607,9 +609,8 @@ class Run:
             if result:
                 result["occupancy_distance"] = distances[name]
         solved, verdict = self.judge(results["learner"])
-        observations, actions = (x.numpy().tobytes() for x in tensors(self.demos))
-        demos = {"episodes": len(self.demos), "pairs": sum(len(e["actions"]) for e in self.demos)}
-        demos["sha256"] = sha256(observations + actions).hexdigest()
+        pairs = sum(len(episode["actions"]) for episode in self.demos)
+        demos = {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest}
         summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
         summary |= {name: self.count[name] for name in ("env_steps", "updates")}
         summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}

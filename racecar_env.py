@@ -511,7 +511,7 @@ def demonstrations_of(laps: list[Lap], expert: str, seed: int) -> dict[str, np.n
 
 
 def save_demonstrations(path: Path, demonstrations: dict[str, np.ndarray]) -> None:
-    """Write the whole file or nothing. An existing one is replaced."""
+    """Write the whole file or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -561,8 +561,10 @@ def parse_arguments(arguments: list[str] | None) -> tuple[OneLineParser, argpars
         if not valid:
             parser.error(f"{flag} must be {expected}, found {value}")
     for path, suffix in ((args.record_demos, ".npz"), (args.video, ".mp4")):
-        if path and (path.suffix != suffix or path.is_dir()):
+        if path and path.suffix != suffix:
             parser.error(f"{path}: expected the name of a file that ends in {suffix}")
+        if path and path.exists():
+            parser.error(f"{path}: exists already, expected a new file")
         if path and not os.access(path.parent, os.W_OK):
             parser.error(f"{path}: its folder does not exist or cannot be written to")
     return parser, args

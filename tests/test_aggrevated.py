@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import pickle
+import shutil
 import signal
 import zipfile
 from functools import partial
@@ -198,6 +199,17 @@ def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
     for _ in range(2):
         script.improve(policy, critics, optimizer, transitions, 1.0, args)
     assert seen == [0.5 * share for share in falling] * 2
+
+
+def test_another_expert_on_the_way(tmp_path, capsys):
+    """In the file of the same name, with the same sizes: the run would not be the same."""
+    path = falling_expert(tmp_path / "expert.zip")
+    CASE.run(tmp_path / "run", "--expert", path, budget=1)
+    shutil.copy(ROOT / "experts" / "BipedalWalker-v3_weak.zip", path)
+    capsys.readouterr()
+    assert script.main(["--resume", str(tmp_path / "run"), "--iterations", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "what it learnt from" in line and str(tmp_path / "run") in line
 
 
 @pytest.mark.parametrize("env_id", script.TASKS)

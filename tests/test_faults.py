@@ -493,10 +493,11 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
     for seed in range(many):
         rng = np.random.default_rng(seed)
         path.write_bytes(original)
-        if rng.random() < 0.5:
-            path.write_bytes(damage(original, rng))
-        else:
-            other(path, rng)
+        while path.read_bytes() == original:  # zeros may have been zeros before
+            if rng.random() < 0.5:
+                path.write_bytes(damage(original, rng))
+            else:
+                other(path, rng)
         at, began = errors.stat().st_size, time.monotonic()
         try:
             status = module.main(argv)

@@ -698,9 +698,8 @@ def test_failed_laps_and_a_persons_waiting_are_left_out():
     assert json.loads(str(demos["metadata"]))["dropped"] == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path, capsys):
+def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
     path = tmp_path / "demos.npz"
-    path.write_bytes(b"old")
 
     def savez(file, **arrays):
         file.write(b"half")
@@ -710,7 +709,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--record-demos", str(path), "--episodes", "1"])
     assert capsys.readouterr().err == "racecar_env.py: [Errno 28] No space left on device\n"
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["demos.npz"]
+    assert not os.listdir(tmp_path)
 
 
 BAD_INPUT = [
@@ -726,7 +725,9 @@ BAD_INPUT = [
     (["--record-demos", "x.npz", "--laps", "3"], "unrecognized arguments: --laps 3"),
     (["--record-demos", "x.npz", "--throttle", "1", "--episodes", "1"], "no demonstrations"),
     (["--record-demos", "x.pkl"], "x.pkl: expected the name of a file that ends in .npz"),
-    (["--record-demos", "folder.npz"], "folder.npz: expected the name of a file"),
+    (["--record-demos", "folder.npz"], "folder.npz: exists already"),
+    (["--record-demos", "old.npz"], "old.npz: exists already, expected a new file"),
+    (["--video", "old.mp4"], "old.mp4: exists already, expected a new file"),
     (["--record-demos", "missing/x.npz"], "missing/x.npz: its folder does not exist"),
     (["--video", "lap.gif"], "lap.gif: expected the name of a file that ends in .mp4"),
     (["--render"], "needs a display"),
@@ -741,12 +742,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DISPLAY", raising=False)
     (tmp_path / "folder.npz").mkdir()
+    for name in ("old.npz", "old.mp4"):
+        (tmp_path / name).write_text("old")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and lines[0].startswith("racecar_env.py: ")
-    assert os.listdir(tmp_path) == ["folder.npz"]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.npz", "old.npz", "old.mp4"}
+    assert all((tmp_path / name).read_text() == "old" for name in ("old.npz", "old.mp4"))
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):

@@ -408,6 +408,20 @@ def test_when_it_evaluates(script, tmp_path, quick):
     assert [point["updates"] for point in curve] == [200, 300]
 
 
+def test_other_demonstrations_on_the_way(watcher, tmp_path, capsys, quick):
+    """A file that was written anew between stop and resume: the run would not be the same."""
+    arrays = dict(np.load(watcher.task.demos))
+    np.savez(tmp_path / "demos.npz", **arrays)
+    watcher.run(tmp_path / "run", "--demos", tmp_path / "demos.npz", budget=watcher.half)
+    for episode in np.flatnonzero(arrays["episode_starts"]):  # whichever is learnt from
+        arrays["observations"][episode, 0] += 1
+    np.savez(tmp_path / "demos.npz", **arrays)
+    capsys.readouterr()
+    assert watcher.module.main(["--resume", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "what it learnt from" in line and str(tmp_path / "run") in line
+
+
 def test_what_may_change_on_the_way_is_kept(script, tmp_path, monkeypatch, quick):
     """From the start on: a larger budget is not forgotten where the run is stopped once more."""
     script.run(tmp_path / "run", budget=script.half)
