@@ -3,12 +3,13 @@
     python benchmark/bipedal_gradients.py > benchmark/results/bipedal_gradients.json
 
 A learner, cloned from the expert, walks some steps, acts once as its Gaussian says, and the expert
-goes on: the cost-to-go of that action is then known, but for its last twentieth, where V* stands
-in. From such actions on fixed states each estimator has its gradient. `own` is the cosine of an
-estimator's gradients from two halves of the states: 1 without noise. `Monte Carlo` is the cosine
-with the gradient of the real cost-to-go on the other half; `corrected` divides it by the root of
-both `own`, which is what noise alone leaves of it: below 1 for an estimator that is biased, and
-unknown where the real cost-to-go's own halves do not agree.
+goes on: what that action leads to is then known, for 280 steps at most. From such actions on fixed
+states each estimator has its gradient. `own` is the cosine of its gradients from two halves of the
+states: 1 without noise. The other columns hold it against the score function with the real rewards
+of the next 10, 50 and 280 steps, after which the V* of other critics stands in, fitted to other
+trajectories. They have the cosine with that gradient from the other half of the states, divided by
+the root of both `own`, which is what noise alone leaves of it: about 1 where there is no bias,
+unknown where the real rewards' own halves do not agree.
 """
 
 import argparse
@@ -26,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aggrevated_bipedal as script
 
 LEARNER_STEPS, CYCLE = 20, 300  # after the learner's steps the expert walks the rest of a cycle
+HORIZONS = (10, 50, CYCLE - LEARNER_STEPS)  # steps whose real rewards count
 FRESH = 16  # actions of the learner a state, where Q* is asked and not the world
 
 
 @torch.no_grad()
-def pushed_steps(policy, expert, critics, walkers, args):
-    """One action of the learner a cycle, and what followed: a dict of (pushes, ...)."""
+def pushed_steps(policy, expert, judge, walkers, args):
+    """One action of the learner a cycle, and what followed: a dict of (pushes, ...).
+
+    `judge` are the critics whose V* stands in for what is not walked."""
     observations, _ = walkers.reset(seed=int(torch.randint(500_000, ())))
     pushes, step = [], 0
     while not walkers.over.all():
@@ -51,14 +55,19 @@ def pushed_steps(policy, expert, critics, walkers, args):
             push |= {"next_observations": following}
             push |= {"next_expert_actions": expert.greedy(following)}
             pushed, total, ever_fell = running, torch.zeros(len(seen)), torch.zeros_like(fell)
-            discount = torch.ones(len(seen))
+            discount, value_before = torch.ones(len(seen)), judge(seen, expert.greedy(seen)).mean(0)
         if phase >= LEARNER_STEPS:
             total, ever_fell = total + discount * rewards, ever_fell | fell
             discount = torch.where(running, discount * args.gamma, discount)
-        if phase == CYCLE - 1 or (phase >= LEARNER_STEPS and walkers.over.all()):
-            value = critics(following, expert.greedy(following)).mean(0)
-            total = total + discount * ~ever_fell * value  # of who has not fallen
-            pushes.append({k: v[pushed] for k, v in {**push, "cost_to_go": total}.items()})
+        over = phase >= LEARNER_STEPS and walkers.over.all()
+        for horizon in HORIZONS:
+            walked = phase == LEARNER_STEPS + horizon - 1
+            if walked or (over and f"gain {horizon}" not in push):
+                value = judge(following, expert.greedy(following)).mean(0)
+                known = total + discount * ~ever_fell * value  # V* of who has not fallen
+                push[f"gain {horizon}"] = known - value_before
+        if phase == CYCLE - 1 or over:
+            pushes.append({k: v[pushed] for k, v in push.items()})
     return {name: torch.cat([push[name] for push in pushes]) for name in pushes[0]}
 
 
@@ -78,10 +87,11 @@ def gradients(policy, critics, batch, args):
         advantages = script.cautious_advantages(critics, *flat, 0.0).view(FRESH, -1)
         return score(samples, advantages - advantages.mean(0))
 
-    value = critics(states, expert_actions).mean(0)
     terms = (critics, states, policy(states).rsample(), expert_actions, 0.0)
     losses = {
-        "score function, cost-to-go - V*(s)": score(batch["samples"], batch["cost_to_go"] - value),
+        f"real rewards, {h} steps": score(batch["samples"], batch[f"gain {h}"]) for h in HORIZONS
+    }
+    losses |= {
         "score function, r + gamma V*(s') - V*(s)": score(
             batch["samples"], one_step(critics, batch, args.gamma)
         ),
@@ -99,50 +109,54 @@ def gradients(policy, critics, batch, args):
 
 
 def compare(policy, critics, batch, args, splits):
-    """A line for each estimator, means over random splits of the states into two halves."""
-    rows, n = {}, len(batch["rewards"])
+    """A line for each estimator, of means over random splits of the states into two halves."""
+    truths, cosines, n = [f"real rewards, {h} steps" for h in HORIZONS], {}, len(batch["rewards"])
     for _ in range(splits):
         halves = torch.randperm(n)[: n // 2 * 2].view(2, -1)
         first, second = (
             gradients(policy, critics, {k: v[half] for k, v in batch.items()}, args)
             for half in halves
         )
-        truth = next(iter(first))
         for name in first:
-            row = rows.setdefault(name, {"own": [], "Monte Carlo": []})
-            row["own"].append(float(cosine_similarity(first[name], second[name], 0)))
-            for one, other in ((first, second), (second, first)):
-                row["Monte Carlo"].append(float(cosine_similarity(one[name], other[truth], 0)))
-    means = {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
-    noise = means[truth]["own"]
-    for row in means.values():
-        known = min(row["own"], noise) > 0
-        row["corrected"] = row["Monte Carlo"] / (row["own"] * noise) ** 0.5 if known else None
-    return means
+            for other in {name, *truths}:
+                pairs = ((first[name], second[other]), (second[name], first[other]))
+                found = [float(cosine_similarity(one, two, 0)) for one, two in pairs]
+                cosines.setdefault((name, other), []).extend(found)
+    means = {pair: float(np.mean(found)) for pair, found in cosines.items()}
+    rows = {}
+    for name in first:
+        rows[name] = {"own": means[name, name]}
+        for truth in truths:
+            noise = means[name, name] * means[truth, truth]
+            known = min(means[name, name], means[truth, truth]) > 0
+            rows[name][truth] = means[name, truth] / noise**0.5 if known else None
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--expert", default="weak")
-    parser.add_argument("--trajectories", type=int, default=1_000)
+    parser.add_argument("--trajectories", type=int, default=4_000)
     parser.add_argument("--splits", type=int, default=50)
     chosen = parser.parse_args()
     args = script.parse_args(["--expert", chosen.expert])
     torch.manual_seed(0)
     torch.set_num_threads(1)
     expert, policy = script.make_expert(args), script.Policy(args.hidden, args.std)
-    transitions = script.Transitions()
-    envs = script.make_envs(args.env_id, 60)
-    transitions.add(script.roll_in(envs, policy, expert, 1.0, args))
-    ((_, critics, _),) = fit(transitions, args, [8_000])
-    critics.requires_grad_(False)
+    fitted = []
+    for _ in range(2):
+        transitions, envs = script.Transitions(), script.make_envs(args.env_id, 60)
+        transitions.add(script.roll_in(envs, policy, expert, 1.0, args))
+        ((_, critics, _),) = fit(transitions, args, [8_000])
+        fitted.append(critics.requires_grad_(False))
+    critics, judge = fitted
     args.algorithm = "dagger"
     optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr)
     script.improve(policy, critics, optimizer, transitions, 1.0, args)
     batches = []
     while len(batches) * 50 < chosen.trajectories:
         walkers = script.make_envs(args.env_id, min(50, chosen.trajectories))
-        batches.append(pushed_steps(policy, expert, critics, walkers, args))
+        batches.append(pushed_steps(policy, expert, judge, walkers, args))
         walkers.close()
         print(f"{len(batches) * 50} trajectories", file=sys.stderr, flush=True)
     batch = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}

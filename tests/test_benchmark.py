@@ -166,10 +166,11 @@ class TwoWalks:
         return np.zeros((2, 24), np.float32), rewards, ends, ends & False, {}
 
 
-def test_the_cost_to_go_of_a_push():
+def test_the_cost_to_go_of_a_push(monkeypatch):
     """Pushed in step 20; V* = 7 follows where the expert arrived, and nothing after a fall."""
     script = bipedal_gradients.script
     args, policy = script.parse_args([]), script.Policy(8, 0.1)
+    monkeypatch.setattr(bipedal_gradients, "HORIZONS", (2, 280))
 
     def critics(observations, actions):
         return torch.full((2, len(observations)), 7.0)
@@ -177,7 +178,8 @@ def test_the_cost_to_go_of_a_push():
     batch = bipedal_gradients.pushed_steps(policy, policy, critics, TwoWalks(), args)
     discounts = args.gamma ** np.arange(11)
     exact = [discounts[:4].sum() - 100 * discounts[4], discounts[:10].sum() + 7 * discounts[10]]
-    assert np.allclose(batch["cost_to_go"], exact)
+    assert np.allclose(batch["gain 280"], np.array(exact) - 7)
+    assert np.allclose(batch["gain 2"], discounts[:2].sum() + 7 * discounts[2] - 7)
     assert batch["rewards"].tolist() == [1, 1] and not batch["fell"].any()
 
 
@@ -187,15 +189,20 @@ def test_estimators_that_are_right_agree(walker_states):
     args = bipedal_gradients.script.parse_args([])
     values = critics(batch["observations"], batch["actions"])[0]
     following = critics(batch["observations"], batch["expert_actions"])[0]
-    batch["cost_to_go"] = values + torch.randn(4_000)
+    for horizon in bipedal_gradients.HORIZONS:  # the longer, the noisier
+        noise = 0.004 * horizon * torch.randn(4_000)
+        batch[f"gain {horizon}"] = values - following + noise
     batch["rewards"] = values - args.gamma * following
     batch["fell"] = torch.zeros(4_000, dtype=torch.bool)
     batch["next_observations"] = batch["observations"]
     batch["next_expert_actions"] = batch["expert_actions"]
     rows = bipedal_gradients.compare(policy, critics, batch, args, 20)
-    real, one_step, fresh, reparameterised, _ = rows.values()
-    assert reparameterised["own"] > 0.99 and fresh["own"] > one_step["own"] > real["own"] > 0.1
-    assert all(0.8 < row["corrected"] < 1.2 for row in (one_step, fresh, reparameterised))
+    *real, one_step, fresh, reparameterised, _ = (row["own"] for row in rows.values())
+    assert reparameterised > 0.99 and fresh > one_step >= real[0] > real[1] > real[2] > 0.1
+    *_, one_step, fresh, reparameterised, dagger = rows.values()
+    for row in (one_step, fresh, reparameterised):
+        assert row.keys() == dagger.keys() and len(row) == 4
+        assert all(0.8 < row[name] < 1.2 for name in row if name != "own")
 
 
 @pytest.mark.parametrize("chance", [True, False])
