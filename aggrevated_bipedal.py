@@ -15,12 +15,12 @@ DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algo
 
 docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
 
-Deviations from the paper: (1) the gradient is taken through Q* (reparameterised), where the paper
-has the score function, by many steps of Adam an iteration, where it has one, natural or online;
-(2) the learner is held near the expert's action, and A* counts by 1 - alpha; (3) Q* is a network,
-discounted, not of the time, and 0 after a fall only; of several the mean minus the spread counts, a
-lower bound; (4) roll-ins are greedy, perturbed by noise, and walked to the end by the expert; (5)
-all states so far count, the expert's among them.
+Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
+function, and an iteration takes many steps of Adam, not one online or natural gradient step; (2)
+the learner is held near the expert's action, and A* counts by 1 - alpha; (3) Q* is a discounted
+network that knows no time, and only a fall has value 0; several are fitted, and the mean of their
+A* less its spread is maximised, as a lower bound; (4) roll-ins are greedy, with noise, and the
+expert walks them to the end; (5) all states so far are trained on, the expert's among them.
 """
 
 # /// script
@@ -67,6 +67,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
+# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
 EVAL_ENVS = 50
 RECIPES = {  # the hardcore course is hard to fit, and little is gained there by following A*
@@ -88,6 +89,8 @@ FALL = -100.0  # what the task takes for a fall; every other step pays or costs 
 
 
 def add_settings(parser):
+    """The flags of the algorithm. `number`, like `check`, `read` and `Run`, is the harness's."""
+
     def recipes(help, name):
         level, hardcore = (recipe[name] for recipe in RECIPES.values())
         return f"{help} (default: {level}, on the hardcore course {hardcore})"
@@ -208,8 +211,8 @@ class Expert(Actor):
 
     def __init__(self, weights):
         super().__init__()
-        actor = [name.removesuffix(".weight") for name in weights if name.startswith("actor.")]
-        actor = [name for name in dict.fromkeys(actor) if not name.endswith(("bias", "log_std"))]
+        layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+        actor = [x for x in layers if x.startswith("actor.") and not x.endswith("log_std")]
         self.network = self.network_of(weights, actor)
         self.critics = Critics(
             self.network_of(weights, [f"critic.qf{i}.{j}" for j in range(0, 2 * len(actor), 2)])
@@ -238,7 +241,7 @@ def discounted_returns(rewards, gamma):
 
 
 def fitted_q_loss(critics, target, batch, gamma):
-    """Squared error to r + gamma Q*(s', the EXPERT's action there), and no more after a fall.
+    """Squared error to r + gamma Q*(s', the EXPERT's action there), and 0 after a fall.
 
     Fitted Q evaluation (Le et al. 2019, algorithm 3). The next action is the expert's even where
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
@@ -251,7 +254,7 @@ def fitted_q_loss(critics, target, batch, gamma):
 def cautious_advantages(critics, observations, actions, expert_actions, caution):
     """A*(s, a) = Q*(s, a) - Q*(s, expert's): mean over the networks less their spread. (batch,)"""
     difference = critics(observations, actions) - critics(observations, expert_actions)
-    spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has no gradient
+    spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has gradient NaN
     return difference.mean(0) - caution * spread
 
 
@@ -306,8 +309,8 @@ class Walkers:
             )
         if not np.isfinite(actions).all():
             raise Failed("an action is NaN or infinite, expected numbers in [-1, 1]")
-        rewards, terminated, truncated = np.zeros((3, self.num_envs))
-        pressed = []
+        rewards, pressed = np.zeros(self.num_envs), []
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
         handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
         try:
             for i in np.flatnonzero(~self.over):
@@ -317,8 +320,8 @@ class Walkers:
             signal.signal(signal.SIGINT, handler)
         if pressed:
             signal.raise_signal(signal.SIGINT)
-        self.over |= (terminated + truncated) > 0
-        return self.observations.copy(), rewards, terminated > 0, truncated > 0, {}
+        self.over |= terminated | truncated
+        return self.observations.copy(), rewards, terminated, truncated, {}
 
     def close(self):
         while self.envs:
@@ -367,7 +370,7 @@ def roll_in(envs, policy, expert, alpha, args):
     Each is begun by the expert (with probability alpha) or the learner, with noise on the actions,
     and walked to its end by the expert alone, from a random step below --switch on: `tail`.
     DAgger's have neither noise nor tail."""
-    below = EVALUATION_SEEDS - envs.num_envs
+    below = EVALUATION_SEEDS - envs.num_envs  # evaluation's seeds are never trained on
     observations, _ = envs.reset(seed=int(torch.randint(below, ())))
     by_expert = torch.rand(envs.num_envs, 1) < alpha
     switch = torch.randint(args.switch, (envs.num_envs, 1))
@@ -403,16 +406,11 @@ class Transitions:
     """All transitions so far, of which a checkpoint holds every one."""
 
     def __init__(self):
-        sizes = {"observations": 24, "actions": 4, "expert_actions": 4}
-        sizes |= {"next_observations": 24, "next_expert_actions": 4}
-        self.columns = {name: torch.zeros(0, size) for name, size in sizes.items()}
-        self.columns["rewards"] = torch.zeros(0)
-        flags = ("tail", "fell", "last")
-        self.columns |= {name: torch.zeros(0, dtype=torch.bool) for name in flags}
+        self.columns = {}
 
     def add(self, batch):
-        for name, column in self.columns.items():
-            self.columns[name] = torch.cat([column, batch[name]])
+        for name, column in batch.items():
+            self.columns[name] = torch.cat([self.columns.get(name, column[:0]), column])
 
     def sample(self, size, device):
         rows = torch.randint(len(self.columns["rewards"]), (size,))
@@ -429,10 +427,10 @@ class Transitions:
 
 
 def cost_to_go(batch, gamma):
-    """Of which steps the cost-to-go is known, and the discounted sums of rewards: (steps,) both.
+    """For the log alone: where the expert's cost-to-go is known, and the returns: (steps,) both.
 
-    For the log alone: nothing is trained on it. Known it is on the expert's own steps, up to a
-    fall; before any other end not in the last 5 / (1 - gamma) steps, whose sums are cut short."""
+    Known are the steps of the expert's tail. Where it ends without a fall, Q* takes the walk to go
+    on but the rewards stop: then its last 5 / (1 - gamma) steps are left out."""
     known, returns, begin = torch.zeros_like(batch["tail"]), [], 0
     for end in (batch["last"].nonzero()[:, 0] + 1).tolist():
         returns.append(discounted_returns(batch["rewards"][begin:end], gamma))
@@ -468,19 +466,21 @@ def refit(critics, target, optimizer, transitions, args):
 
 
 def improve(policy, critics, optimizer, transitions, weight, args):
-    """Step 3, on the states of all trajectories so far; returns the means of the updates."""
-    critics.requires_grad_(False)
+    """Step 3, on the states of all trajectories so far; returns the mean loss."""
+    critics.requires_grad_(False)  # saves the time of their gradients
     total = torch.zeros((), device=args.device)
     for update in range(args.policy_updates):
         if args.anneal:
             left = 1 - update / args.policy_updates
             optimizer.param_groups[0]["lr"] = args.policy_lr * left
         batch = transitions.sample(args.batch_size, args.device)
-        states = (batch["observations"], batch["expert_actions"])
+        states, expert_actions = batch["observations"], batch["expert_actions"]
         if args.algorithm == "dagger":
-            loss = dagger_loss(policy, *states)
+            loss = dagger_loss(policy, states, expert_actions)
         else:
-            loss = aggrevated_loss(policy, critics, *states, weight, args.caution, args.anchor)
+            loss = aggrevated_loss(
+                policy, critics, states, expert_actions, weight, args.caution, args.anchor
+            )
         descend(optimizer, loss)
         total += loss.detach()
     critics.requires_grad_(True)
@@ -515,10 +515,10 @@ def train(args):
             if args.refit_critic:
                 pairs = torch.cat([batch["observations"], batch["actions"]], -1)
                 critics.standardize.measure(pairs)
-                target.module.load_state_dict(critics.state_dict())
+                target.module.load_state_dict(critics.state_dict())  # for the first update
         transitions.add(batch)
         run.count["env_steps"] += len(batch["rewards"])
-        run.count["updates"] += 1
+        run.count["updates"] += 1  # one iteration
 
         scalars = {"charts/alpha": alpha, "charts/falls": float(batch["fell"].sum())}
         if args.algorithm == "aggrevated":
@@ -536,15 +536,13 @@ def train(args):
 # The harness: flags, evaluation, run folder, main. It holds nothing of the algorithm: read it once.
 # It is the other scripts' but for what asking an expert, in place of watching its demonstrations,
 # and validating change. From above it takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS,
-# add_settings, Policy, make_envs, make_expert and train.
+# RECIPES, add_settings, Policy, make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
-MAY_CHANGE = {  # beside --resume
-    *(BUDGET, "resume", "eval_episodes", "capture_video", "render"),
-    *("out", "device", "num_threads", "no_progress"),
-}
+MAY_CHANGE = {BUDGET, "resume", "eval_episodes", "capture_video", "render", "out"}
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
 
 
 class BadInput(Exception):
@@ -587,8 +585,8 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"validate: in {BUDGET}")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {BUDGET}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
@@ -610,7 +608,8 @@ def parse_args(argv=None):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
     return args
 
 
@@ -680,7 +679,7 @@ def check_finite(network):
 
 
 def check_moments(adam):
-    """Fused, it would write beyond moments that are smaller than their weights."""
+    """Against a forged checkpoint: fused Adam writes beyond moments smaller than their weights."""
     for weights, moments in adam.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             fits = moment.shape == weights.shape and moment.is_contiguous()
@@ -783,7 +782,8 @@ class Run:
         seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # the final evaluation's, to be paired
         episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
         print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
-        self.others, self.held_out = np.split(np.array(episodes), [-(len(episodes) // 5)])
+        cut = len(episodes) - len(episodes) // 5
+        self.not_held_out, self.held_out = episodes[:cut], episodes[cut:]
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
 
@@ -799,7 +799,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after the log, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -861,7 +861,7 @@ class Run:
         self.played = play(policy.act, self.args.env_id, episodes, seed)
         return statistics(self.played)
 
-    def finish(self, policy, diagnosis=""):
+    def finish(self, policy):
         """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
         args, folder, env_id = self.args, self.folder, self.args.env_id
         self.bar.close()
@@ -870,10 +870,10 @@ class Run:
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
         results = {"learner": self.evaluate(policy, 500, args.eval_episodes)}
-        samples = {"learner": self.played, "expert": self.others}
+        samples = {"learner": self.played, "expert": self.not_held_out}
         samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
         results["random"] = statistics(samples["random"])
-        experts = [*self.others, *self.held_out]
+        experts = self.not_held_out + self.held_out
         results["expert"] = statistics(experts)
         distances = occupancy_distances(env_id, self.held_out, samples)
         for name, result in results.items():
@@ -889,7 +889,7 @@ class Run:
         summary |= {"paired_differences": gains.tolist(), "curve": self.curve}
         summary["solved_at_env_steps"] = solved.get("env_steps")
         summary["solved_at_seconds"] = solved.get("wall_seconds")
-        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        summary["verdict"] = verdict
         write_json(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         show(policy, args, folder)
@@ -899,7 +899,9 @@ class Run:
         return summary
 
     def judge(self, learner):
-        """Where the kept policy is good: the first validation as good, or its own; a sentence."""
+        """The validation that solved it, the first that was good or else the best; a sentence.
+
+        None did where the kept policy is not good in the end."""
         good = TASKS[self.args.env_id]
         if learner[METRIC] < good:
             return {}, f"not solved: {METRIC} {learner[METRIC]:.4g} of {good:g}"

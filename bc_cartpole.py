@@ -3,9 +3,9 @@
 The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/neco.1991.3.1.88):
     repeat  draw a minibatch of the expert's (state, action) pairs
             take a step on -log pi(action | state)
-No environment is stepped. What to do where the expert never was, nobody taught it: its errors
-carry it there, and there it errs more (Ross & Bagnell 2010). So the accuracy on held-out pairs, all
-from where the expert was, can be high and the pole fall all the same.
+No environment is stepped. Nobody teaches the policy what to do where the expert never was: its
+errors carry it there, and there it errs more (Ross & Bagnell 2010). So its accuracy on held-out
+pairs, which are all from where the expert was, can be high although the pole falls.
 
     python bc_cartpole.py --updates 500             a look around: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
@@ -58,6 +58,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
+# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
@@ -65,6 +66,7 @@ LOG_EVERY = 100  # updates
 
 
 def add_settings(parser):
+    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--updates", type=number(int, 1), default=2_000, help="steps of the optimizer")
@@ -192,10 +194,8 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
-MAY_CHANGE = {  # beside --resume
-    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
-    *("out", "device", "num_threads", "no_progress"),
-}
+MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
 
 
 class BadInput(Exception):
@@ -238,12 +238,12 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
@@ -264,7 +264,8 @@ def parse_args(argv=None):
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
     return args
 
 
@@ -334,7 +335,7 @@ def check_finite(network):
 
 
 def check_moments(adam):
-    """Fused, it would write beyond moments that are smaller than their weights."""
+    """Against a forged checkpoint: fused Adam writes beyond moments smaller than their weights."""
     for weights, moments in adam.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             fits = moment.shape == weights.shape and moment.is_contiguous()
@@ -402,7 +403,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -512,7 +513,7 @@ class Run:
         self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
-        self.demos, self.others, self.held_out = load_demos(args)
+        self.demos, self.not_held_out, self.held_out = load_demos(args)
         self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
@@ -529,7 +530,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after the log, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -597,11 +598,11 @@ class Run:
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
         results = {"learner": self.evaluate(policy, 500), "expert": None}
-        samples = {"learner": self.played, "expert": self.others}
+        samples = {"learner": self.played, "expert": self.not_held_out}
         samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
         results["random"] = statistics(samples["random"])
-        if all(episode["rewards"] is not None for episode in self.others):
-            results["expert"] = statistics(self.others + self.held_out)
+        if all(episode["rewards"] is not None for episode in self.not_held_out):
+            results["expert"] = statistics(self.not_held_out + self.held_out)
         distances = dict.fromkeys(samples)
         if self.held_out:
             distances = occupancy_distances(env_id, self.held_out, samples)

@@ -66,6 +66,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
+# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5_000
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
@@ -73,17 +74,19 @@ RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a short
     "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
     "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
 }
-FINAL_LR = 0.02  # the share of both step sizes that is left at the end of the default budget
+FINAL_LR = 0.02  # policy's and critic's step sizes fall to this share by the default budget's end
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser):
+    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
+
     def recipes(help, name):
         return f"{help} (default: {', '.join(f'{r[name]:,} with {k}' for k, r in RECIPES.items())})"
 
     flag = parser.add_argument_group("expert").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert: a warm start")
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
@@ -106,7 +109,7 @@ def add_settings(parser):
     absorbing = "let D judge the state after a fall; otherwise its value is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
-    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
+    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
 
@@ -166,7 +169,7 @@ def make_pairs(observations, actions):
 
 
 def standardisation(observations):
-    """Mean and standard deviation of a pair; 0, 1 behind the observation: (n, 4) -> (7,) both."""
+    """Mean and deviation of the observations; 0 and 1 for action and flag: (n, 4) -> (7,) both."""
     std, mean = torch.std_mean(observations, 0)
     return F.pad(mean, (0, 3)), F.pad(std + 1e-6, (0, 3), value=1.0)
 
@@ -192,13 +195,14 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
 
-    Absorbing pairs count as 0: they lie near to the expert's, and would keep their logit. -> ()"""
+    Mixtures with an absorbing pair are left out: it lies near the expert's pairs, and the penalty
+    would tie its logit to theirs. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = mix * expert_pairs + (1 - mix) * policy_pairs
     between = discriminator.standardise(between).requires_grad_()
     logits = discriminator.network(between)
     (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
-    real = between[:, -1].detach() == 0
+    real = between[:, -1] == 0
     return ((gradient.norm(dim=-1) - 1).square() * real).mean()
 
 
@@ -232,7 +236,7 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip):
 
 
 def reinforce_loss(log_probs, advantages):
-    """Its gradient is minus the policy gradient (Williams 1992, a baseline): (batch,) -> ()."""
+    """Minus log pi times advantage (Williams 1992, with a baseline): (batch,) twice -> ()."""
     return -(log_probs * advantages).mean()
 
 
@@ -269,7 +273,7 @@ class CartPoles:
         self.returns = np.zeros(self.envs.num_envs)
 
     def step(self, actions):
-        """One transition of each, and whether it is one: the step that resets is not."""
+        """Step each. `valid` is False where the step only reset one: that is no transition."""
         observations, valid = self.observations, ~self.envs.prev_done
         self.observations, rewards, terminated, truncated, _ = self.envs.step(actions)
         self.returns = self.returns * valid + rewards
@@ -290,7 +294,7 @@ class CartPoles:
 
 @torch.no_grad()
 def rollout(cartpoles, policy, num_steps, device):
-    """Steps of each environment, a dict of (num_steps, num_envs, ...), and the ended returns."""
+    """`num_steps` steps of each, a dict of (num_steps, num_envs, ...); returns of what ended."""
     frames, returns = [], []
     for _ in range(num_steps):
         observations = torch.as_tensor(cartpoles.observations, device=device)
@@ -353,17 +357,19 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4: the policy steps once or, with PPO, on every minibatch; the critic on every one."""
+    """Step 4. PPO: policy and critic step on each minibatch. REINFORCE: the policy steps once, on
+    the whole rollout, then the critic on each minibatch."""
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
     if args.policy_gradient == "reinforce":
-        distribution = policy(observations)
-        policy_loss = reinforce_loss(distribution.log_prob(actions), advantages)
-        descend(optimizer, policy_loss - args.entropy * distribution.entropy().mean())
+        new = policy(observations)
+        policy_loss = reinforce_loss(new.log_prob(actions), advantages)
+        descend(optimizer, policy_loss - args.entropy * new.entropy().mean())
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
-            loss = value_loss = F.mse_loss(critic(observations[rows]).squeeze(-1), returns[rows])
+            value_loss = F.mse_loss(critic(observations[rows]).squeeze(-1), returns[rows])
+            loss = value_loss  # alone it leaves the policy without a gradient, and Adam skips it
             if args.policy_gradient == "ppo":
                 new = policy(observations[rows])
                 log_probs = new.log_prob(actions[rows])
@@ -371,12 +377,12 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
                 loss = loss + policy_loss - args.entropy * new.entropy().mean()
             descend(optimizer, loss)
     with torch.no_grad():
-        distribution = policy(observations)
-        log_ratio = distribution.log_prob(actions) - old_log_probs
+        new = policy(observations)
+        log_ratio = new.log_prob(actions) - old_log_probs
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
-        "losses/entropy": float(distribution.entropy().mean()),
+        "losses/entropy": float(new.entropy().mean()),
         "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
     }
 
@@ -384,7 +390,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 def diagnose(scalars):
     """What a person should know of the discriminator, from the last of the logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
-        return "the reward is nearly constant: the policy learns from surviving"
+        return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
         return "the discriminator is saturated: it tells all pairs apart"
     return ""
@@ -395,7 +401,7 @@ def train(args):
     for name, value in RECIPES[args.policy_gradient].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    run, reinforce = Run(args), args.policy_gradient == "reinforce"
+    run = Run(args)
     observations, actions = tensors(run.demos, args.device)
     policy = Policy(args.hidden).to(args.device)
     critic = mlp(4, args.hidden, args.hidden, 1).to(args.device)
@@ -421,19 +427,19 @@ def train(args):
         for _ in range(args.bc_updates):
             rows = torch.randint(len(actions), (64,))
             descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
-    schedule = RECIPES[args.policy_gradient]["total_steps"]
 
     while not run.finished:
-        left = max(1 - run.count["env_steps"] / schedule, FINAL_LR)
+        default_budget = RECIPES[args.policy_gradient]["total_steps"]
+        left = max(1 - run.count["env_steps"] / default_budget, FINAL_LR)
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
 
-        if reinforce:
+        if args.policy_gradient == "reinforce":
             cartpoles.reset()
         batch, returns = rollout(cartpoles, policy, args.num_steps, args.device)
         valid = batch["valid"]
         run.count["env_steps"] += int(valid.sum())
-        run.count["updates"] += 1
+        run.count["updates"] += 1  # one iteration
 
         pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 7)
         policy_pairs = pairs[valid]
@@ -442,25 +448,25 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            both = (expert_pairs, policy_pairs)
-            losses = update_discriminator(discriminator, d_optimizer, *both, args)
+            losses = update_discriminator(
+                discriminator, d_optimizer, expert_pairs, policy_pairs, args
+            )
 
         with torch.no_grad():
             logits = discriminator(pairs)
             expert_logits = discriminator(expert_pairs[: len(actions)])  # not the absorbing ones
             rewards = imitation_reward(logits, args.reward)
-            absorbing_value = torch.zeros((), device=args.device)
-            if absorbing:
-                logit = discriminator(absorbing_pair(expert_pairs))
-                absorbing_value = imitation_reward(logit, args.reward) / (1 - args.gamma)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
+            forever = imitation_reward(discriminator(absorbing_pair(expert_pairs)), args.reward)
+            absorbing_value = absorbing * forever / (1 - args.gamma)  # 0 where there is none
             values = critic(batch["observations"]).squeeze(-1)  # (num_steps, num_envs)
             next_values = critic(batch["next_observations"]).squeeze(-1)
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)
             done = batch["terminated"] | batch["truncated"]
-            settings = (args.gamma, args.gae_lambda)
-            advantages = generalized_advantages(rewards, values, next_values, done, *settings)
+            advantages = generalized_advantages(
+                rewards, values, next_values, done, args.gamma, args.gae_lambda
+            )
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
         average.update_parameters(policy)
@@ -489,10 +495,8 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
-MAY_CHANGE = {  # beside --resume
-    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
-    *("out", "device", "num_threads", "no_progress"),
-}
+MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
 
 
 class BadInput(Exception):
@@ -535,12 +539,12 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
@@ -561,7 +565,8 @@ def parse_args(argv=None):
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
     return args
 
 
@@ -631,7 +636,7 @@ def check_finite(network):
 
 
 def check_moments(adam):
-    """Fused, it would write beyond moments that are smaller than their weights."""
+    """Against a forged checkpoint: fused Adam writes beyond moments smaller than their weights."""
     for weights, moments in adam.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             fits = moment.shape == weights.shape and moment.is_contiguous()
@@ -699,7 +704,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -809,7 +814,7 @@ class Run:
         self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
-        self.demos, self.others, self.held_out = load_demos(args)
+        self.demos, self.not_held_out, self.held_out = load_demos(args)
         self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
@@ -826,7 +831,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after the log, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -894,11 +899,11 @@ class Run:
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
         results = {"learner": self.evaluate(policy, 500), "expert": None}
-        samples = {"learner": self.played, "expert": self.others}
+        samples = {"learner": self.played, "expert": self.not_held_out}
         samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
         results["random"] = statistics(samples["random"])
-        if all(episode["rewards"] is not None for episode in self.others):
-            results["expert"] = statistics(self.others + self.held_out)
+        if all(episode["rewards"] is not None for episode in self.not_held_out):
+            results["expert"] = statistics(self.not_held_out + self.held_out)
         distances = dict.fromkeys(samples)
         if self.held_out:
             distances = occupancy_distances(env_id, self.held_out, samples)

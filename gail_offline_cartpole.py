@@ -3,8 +3,9 @@
 GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. On minibatches of
 the expert's states,
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
-    2. the policy takes two natural gradient steps on the reward log D - log(1 - D) of its actions.
-With only two actions the expectations are exact: no action is sampled.
+    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions, along the
+       natural gradient in its logits.
+With only two actions the expectations over them are exact: no action is sampled.
 
     python gail_offline_cartpole.py --updates 500           a look around: a second of training
     python gail_offline_cartpole.py --num-demos 4           the default budget, four demonstrations
@@ -62,6 +63,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
+# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
 EVAL_ENVS, NUM_DEMOS = 500, 1
 DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
@@ -70,6 +72,7 @@ LOG_EVERY = 100  # updates
 
 
 def add_settings(parser):
+    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
     flag("--updates", type=number(int, 1), default=SCHEDULE, help="of the discriminator")
@@ -109,9 +112,9 @@ class Policy(nn.Module):
         return self.network(torch.as_tensor(observations, device=device)).argmax(-1).cpu().numpy()
 
 
-def discriminator_logits(network, observations, log_probs):
+def discriminator_logits(discriminator, observations, log_probs):
     """Logits of D(s, a) for all actions, f(s, a) - log pi(a|s) (Fu et al. 2018): (batch, 2)."""
-    return network(observations) - log_probs
+    return discriminator(observations) - log_probs
 
 
 def expected_discriminator_loss(logits, expert_actions, log_probs):
@@ -122,7 +125,7 @@ def expected_discriminator_loss(logits, expert_actions, log_probs):
 
 
 def natural_policy_loss(log_probs, rewards):
-    """In the logits its gradient is minus the natural one of the expected reward (Kakade 2001).
+    """Its gradient in the logits is minus the expected reward's natural gradient (Kakade 2001).
 
     Every action counts alike, however improbable: (batch, 2) both -> ()."""
     centred = rewards - rewards.mean(-1, keepdim=True)
@@ -182,33 +185,32 @@ def train(args):
     observations, actions = tensors(run.demos, args.device)
     held_out = tensors(run.held_out, args.device) if run.held_out else None
     policy = Policy(args.hidden).to(args.device)
-    network = mlp(4, args.hidden, args.hidden, 2).to(args.device)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), fused=True)
-    optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    run.start(
-        policy=policy, network=network, policy_optimizer=policy_optimizer, optimizer=optimizer
-    )
+    discriminator = mlp(4, args.hidden, args.hidden, 2).to(args.device)  # f(s, a) of all actions
+    optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), fused=True)
+    parts = {"policy": policy, "optimizer": optimizer}
+    run.start(**parts, discriminator=discriminator, discriminator_optimizer=d_optimizer)
 
     while not run.finished:
         until_logged = LOG_EVERY - run.count["updates"] % LOG_EVERY
         for _ in range(min(until_logged, args.updates - run.count["updates"])):
             left = max(1 - run.count["updates"] / SCHEDULE, FINAL_LR)
-            policy_optimizer.param_groups[0]["lr"] = args.policy_lr * left
-            optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
+            optimizer.param_groups[0]["lr"] = args.policy_lr * left
+            d_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
             rows = torch.randint(len(actions), (args.batch_size,))
             with torch.no_grad():
-                log_probs = policy(observations[rows]).logits  # (batch, 2)
-            logits = discriminator_logits(network, observations[rows], log_probs)
+                log_probs = policy(observations[rows]).logits  # normalised: log pi, (batch, 2)
+            logits = discriminator_logits(discriminator, observations[rows], log_probs)
             loss = expected_discriminator_loss(logits, actions[rows], log_probs)
-            descend(optimizer, loss)
+            descend(d_optimizer, loss)
 
             for _ in range(args.policy_updates):
                 rows = torch.randint(len(actions), (args.batch_size,))
                 log_probs = policy(observations[rows]).logits
                 with torch.no_grad():
-                    rewards = discriminator_logits(network, observations[rows], log_probs)
+                    rewards = discriminator_logits(discriminator, observations[rows], log_probs)
                 policy_loss = natural_policy_loss(log_probs, rewards)
-                descend(policy_optimizer, policy_loss)
+                descend(optimizer, policy_loss)
             run.count["updates"] += 1
         scalars = {
             "losses/discriminator": float(loss.detach()),
@@ -231,10 +233,8 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
-MAY_CHANGE = {  # beside --resume
-    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
-    *("out", "device", "num_threads", "no_progress"),
-}
+MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
 
 
 class BadInput(Exception):
@@ -277,12 +277,12 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
@@ -303,7 +303,8 @@ def parse_args(argv=None):
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
     return args
 
 
@@ -373,7 +374,7 @@ def check_finite(network):
 
 
 def check_moments(adam):
-    """Fused, it would write beyond moments that are smaller than their weights."""
+    """Against a forged checkpoint: fused Adam writes beyond moments smaller than their weights."""
     for weights, moments in adam.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             fits = moment.shape == weights.shape and moment.is_contiguous()
@@ -441,7 +442,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -551,7 +552,7 @@ class Run:
         self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
-        self.demos, self.others, self.held_out = load_demos(args)
+        self.demos, self.not_held_out, self.held_out = load_demos(args)
         self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
@@ -568,7 +569,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after the log, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -636,11 +637,11 @@ class Run:
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
         results = {"learner": self.evaluate(policy, 500), "expert": None}
-        samples = {"learner": self.played, "expert": self.others}
+        samples = {"learner": self.played, "expert": self.not_held_out}
         samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
         results["random"] = statistics(samples["random"])
-        if all(episode["rewards"] is not None for episode in self.others):
-            results["expert"] = statistics(self.others + self.held_out)
+        if all(episode["rewards"] is not None for episode in self.not_held_out):
+            results["expert"] = statistics(self.not_held_out + self.held_out)
         distances = dict.fromkeys(samples)
         if self.held_out:
             distances = occupancy_distances(env_id, self.held_out, samples)

@@ -67,25 +67,27 @@ from tqdm import tqdm
 from racecar_env import FINISH, FINISH_RADIUS, RaceCarVectorEnv, WaypointController, progress
 
 TASKS = {"RaceCar-v0": 0.98}  # solved from this METRIC on
+# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
 DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
-METRE = 0.5  # of place, to the networks; where it counts for little, the corners blur
-# What D sees as a difference of 1, which the gradient penalty lets be worth about 1 in its logit:
+METRE = 0.5  # what a metre of place is to the networks; with much less the corners blur
+# D's units: the gradient penalty lets a difference of one unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see make_pairs
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser):
+    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
     flag = parser.add_argument_group("expert").add_argument
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone it first: a warm start")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert: a warm start")
     flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=600_000, help="environment steps")
-    schedule = "steps over which the actions' deviation and the step sizes but the critic's fall"
+    schedule = "steps over which the actions' deviation and the policy's and D's step sizes fall"
     flag("--schedule", type=number(int, 1), default=600_000, help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments at once")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each a rollout")
@@ -93,7 +95,8 @@ def add_settings(parser):
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.98, help="discount factor")
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="1: Monte Carlo")
+    lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
@@ -103,7 +106,7 @@ def add_settings(parser):
     absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
     flag("--discriminator-updates", type=number(int, 1), default=40, help="for each rollout")
-    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of either kind")
+    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
 
@@ -127,9 +130,9 @@ def mlp(*sizes):
 
 @torch.no_grad()
 def spread(layer, inputs):
-    """Let each unit of the first layer turn at one of the inputs: (rows, in).
+    """Choose a first layer's biases so that each tanh is centred on one of the inputs: (rows, in).
 
-    With biases near 0 all turn near the track's origin, and D's are mostly flat far from it."""
+    PyTorch's centre them all near the track's origin; far from it D's would be flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
@@ -299,17 +302,18 @@ class Cars:
         """One transition of each car. Those whose episode it ends are at the start after it."""
         observations = self.observations
         next_observations, _, terminated, truncated, _ = self.envs.step(actions)
-        self.observations, done = next_observations, terminated | truncated
+        done = terminated | truncated
         for history, action in zip(self.histories, actions):
             history.append(action)
-        ended = [self.describe(i, terminated[i]) for i in np.flatnonzero(done)]
+        ends = np.flatnonzero(done)
+        ended = [self.describe(i, next_observations[i], terminated[i]) for i in ends]
         self.observations, _ = self.envs.reset(options={"reset_mask": done})
         self.histories = [[] if over else h for over, h in zip(done, self.histories)]
         return (observations, next_observations, terminated, truncated), ended
 
-    def describe(self, i, terminated):
+    def describe(self, i, observation, terminated):
         """Of the episode that car i has just ended, for the log: steps, progress, finish, wall."""
-        length, way = len(self.histories[i]), progress(self.observations[i])
+        length, way = len(self.histories[i]), progress(observation)
         return length, way, float(terminated and way == 1), float(terminated and way < 1)
 
     def state_dict(self):
@@ -404,7 +408,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 def diagnose(scalars):
     """What a person should know of the discriminator, from the last of the logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
-        return "the reward is nearly constant: the policy learns from surviving"
+        return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
         return "the discriminator is saturated: it tells all pairs apart"
     return ""
@@ -416,7 +420,7 @@ def train(args):
     observations, actions = tensors(run.demos)
     observations, actions = observations.to(args.device), from_box(actions).to(args.device)
     policy = Policy(args.hidden).to(args.device)
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE), use_buffers=True)
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     critic = Critic(args.hidden).to(args.device)
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
@@ -436,7 +440,7 @@ def train(args):
     optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets the policy's
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     cars = Cars(args.env_id, args.num_envs)
-    cars.reset(int(torch.randint(2**62, ())))
+    cars.reset(int(torch.randint(2**62, ())))  # from --seed, runs 1 and 2 would share most starts
     parts = {"policy": policy, "average": average, "critic": critic, "cars": cars}
     parts |= {"discriminator": discriminator, "discriminator_optimizer": d_optimizer}
     run.start(**parts, optimizer=optimizer)
@@ -453,7 +457,7 @@ def train(args):
 
         batch, ended = rollout(cars, policy, args.num_steps, args.device)
         run.count["env_steps"] += args.num_steps * args.num_envs
-        run.count["updates"] += 1
+        run.count["updates"] += 1  # one iteration
 
         pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 13)
         policy_pairs, finished = pairs.flatten(0, 1), at_finish(batch["next_observations"])
@@ -462,8 +466,9 @@ def train(args):
             policy_pairs = add_absorbing_pairs(policy_pairs, ends, args.gamma)
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
-            both = (expert_pairs, policy_pairs)
-            losses = update_discriminator(discriminator, d_optimizer, *both, args)
+            losses = update_discriminator(
+                discriminator, d_optimizer, expert_pairs, policy_pairs, args
+            )
 
         with torch.no_grad():
             logits = discriminator(pairs)
@@ -477,8 +482,9 @@ def train(args):
             next_values = critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], absorbing_value, next_values)
             done = batch["terminated"] | batch["truncated"]
-            settings = (args.gamma, args.gae_lambda)
-            advantages = generalized_advantages(rewards, values, next_values, done, *settings)
+            advantages = generalized_advantages(
+                rewards, values, next_values, done, args.gamma, args.gae_lambda
+            )
         columns = (batch["observations"], batch["actions"], advantages, advantages + values)
         columns = (column.flatten(0, 1) for column in columns)
         losses |= update_policy(policy, critic, optimizer, *columns, args)
@@ -510,10 +516,8 @@ def train(args):
 SCRIPT = Path(__file__).stem
 EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
 RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
-MAY_CHANGE = {  # beside --resume
-    *(BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render"),
-    *("out", "device", "num_threads", "no_progress"),
-}
+MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
 
 
 class BadInput(Exception):
@@ -556,12 +560,12 @@ def parse_args(argv=None):
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="of all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"evaluate: in {CLOCK}")
+    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
     flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
     flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
@@ -582,7 +586,8 @@ def parse_args(argv=None):
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
     return args
 
 
@@ -652,7 +657,7 @@ def check_finite(network):
 
 
 def check_moments(adam):
-    """Fused, it would write beyond moments that are smaller than their weights."""
+    """Against a forged checkpoint: fused Adam writes beyond moments smaller than their weights."""
     for weights, moments in adam.state.items():
         for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
             fits = moment.shape == weights.shape and moment.is_contiguous()
@@ -720,7 +725,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """The episodes to learn from, drawn from all that are not held out; all those; the held-out."""
+    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -830,7 +835,7 @@ class Run:
         self.folder = Path(args.resume or Path(args.out, name))
         fresh = args.resume or not self.folder.exists()
         check(fresh, f"{self.folder}: exists already, expected a new folder")
-        self.demos, self.others, self.held_out = load_demos(args)
+        self.demos, self.not_held_out, self.held_out = load_demos(args)
         self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
         torch.manual_seed(args.seed)
         self.setup_seconds = time.perf_counter() - began
@@ -847,7 +852,7 @@ class Run:
             write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after the log, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would make a deleted folder again
         Run.latest = self
         hidden = args.no_progress or None  # None: hidden where stderr is no terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
@@ -915,11 +920,11 @@ class Run:
         saved["weights"] = policy.state_dict()
         write(folder / "policy.pt", lambda file: torch.save(saved, file))
         results = {"learner": self.evaluate(policy, 500), "expert": None}
-        samples = {"learner": self.played, "expert": self.others}
+        samples = {"learner": self.played, "expert": self.not_held_out}
         samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
         results["random"] = statistics(samples["random"])
-        if all(episode["rewards"] is not None for episode in self.others):
-            results["expert"] = statistics(self.others + self.held_out)
+        if all(episode["rewards"] is not None for episode in self.not_held_out):
+            results["expert"] = statistics(self.not_held_out + self.held_out)
         distances = dict.fromkeys(samples)
         if self.held_out:
             distances = occupancy_distances(env_id, self.held_out, samples)

@@ -195,7 +195,8 @@ def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
     policy, critics = script.Policy(8, 0.1), script.Critics([script.relu_mlp(28, 8, 1)] * 2)
     optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr)
     transitions = script.Transitions()
-    transitions.add({k: torch.ones(3, *x.shape[1:]) > 0 for k, x in transitions.columns.items()})
+    batch = {"observations": torch.ones(3, 24), "expert_actions": torch.ones(3, 4)}
+    transitions.add({**batch, "rewards": torch.ones(3)})
     for _ in range(2):
         script.improve(policy, critics, optimizer, transitions, 1.0, args)
     assert seen == [0.5 * share for share in falling] * 2

@@ -417,12 +417,14 @@ def test_the_average_is_of_the_updated_policies_and_is_what_is_evaluated(
     monkeypatch.setattr(module.Run, "evaluate", watched_evaluate)
     learner.run(tmp_path / "run", "--eval-every", 1, "--policy-lr", 0.1, "--schedule", 300)
     assert len(updated) == len(evaluated) - 1 == 3
-    for name in updated[0]:
+    for name in updated[0].keys() - {"std"}:
         exact = updated[0][name]
         for found, policy in zip(evaluated, [*updated, updated[-1]]):
             if found is not evaluated[0] and found is not evaluated[-1]:
                 exact = module.AVERAGE * exact + (1 - module.AVERAGE) * policy[name]
             assert torch.allclose(found[name], exact, atol=1e-6)
+    for found, policy in zip(evaluated, [*updated, updated[-1]]):
+        assert found["std"] == policy["std"]
 
 
 def test_step_sizes_by_the_schedule(learner, module, tmp_path, quick):
