@@ -1,26 +1,26 @@
-"""AggreVaTeD on BipedalWalker: learn to walk from an expert that can be asked, and pass it.
+"""AggreVaTeD on BipedalWalker: learn to walk from an expert that can be queried, and surpass it.
 
-AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner in
-the states that it visits by the expert's cost-to-go; here rewards take the place of costs:
-    1. roll in: each trajectory by the expert with probability alpha, else by the learner, up to a
-       random time; from there the expert walks to the end, to show what its actions lead to,
-    2. fit Q*, the value of an action if the expert goes on after it, to all transitions so far,
-    3. raise A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
+AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
+the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
+    1. roll in: each trajectory is walked by the expert (with probability alpha) or the learner up
+       to a random time; from there the expert walks to the end, to show what its actions lead to,
+    2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
+    3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
-DAgger (Ross et al. 2011), which imitates the expert's actions there, is `--algorithm dagger`.
+DAgger (Ross et al. 2011) imitates the expert's actions in these states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --iterations 2            a look around
     python aggrevated_bipedal.py                           the weak expert: some minutes
-    python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
+    python aggrevated_bipedal.py --resume runs/FOLDER      resume a run where it stopped
 
-docs/aggrevated_bipedal.md has the results, and what each of the choices below is for.
+docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
-function, and an iteration takes many steps of Adam, not one online or natural gradient step; (2)
-the learner is held near the expert's action, and A* counts by 1 - alpha; (3) Q* is a discounted
-network that knows no time, and only a fall has value 0; several are fitted, and the mean of their
-A* less its spread is maximised, as a lower bound; (4) roll-ins are greedy, with noise, and the
-expert walks them to the end; (5) all states so far are trained on, the expert's among them.
+function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
+learner is held near the expert's action, and A* is weighted by 1 - alpha; (3) Q* is discounted and
+not a function of time, and only a fall has value 0; several networks are fitted, and the mean of
+their A* minus its spread is maximised, as a lower bound; (4) roll-ins are greedy, with noise, and
+the expert finishes them; (5) training uses all states so far, the expert's among them.
 """
 
 # /// script
@@ -66,8 +66,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved from this METRIC on
-# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
+TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved if METRIC >= this
+# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
 EVAL_ENVS = 50
 RECIPES = {  # the hardcore course is hard to fit, and little is gained there by following A*
@@ -84,12 +84,12 @@ RECIPES = {  # the hardcore course is hard to fit, and little is gained there by
         expert="good", num_envs=60, noise=0.3, hidden=512, standardize=True, caution=0.5, anchor=8.0
     ),
 }
-LEAST_DEVIATION = 0.1  # where a number observed is standardized: at most tenfold
-FALL = -100.0  # what the task takes for a fall; every other step pays or costs a fraction of 1
+LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
+FALL = -100.0  # the task's reward for a fall; any other step pays or costs a fraction of 1
 
 
 def add_settings(parser):
-    """The flags of the algorithm. `number`, like `check`, `read` and `Run`, is the harness's."""
+    """The algorithm's flags. `number`, like `check`, `read` and `Run`, is in the harness."""
 
     def recipes(help, name):
         level, hardcore = (recipe[name] for recipe in RECIPES.values())
@@ -98,41 +98,41 @@ def add_settings(parser):
     flag = parser.add_argument_group("expert").add_argument
     shipped = "weak or good (shipped; hardcore: good), or a .zip of stable-baselines3's SAC or TD3"
     flag("--expert", metavar="NAME", help=recipes(shipped, "expert"))
-    flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to tell its score")
-    few = "to choose the best policy by; where falls are rare, few episodes choose by luck"
+    flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to measure its score")
+    few = "to select the best policy; where falls are rare, with few episodes luck decides"
     flag("--validation-episodes", type=number(int, 2, 500), default=200, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
-    flag("--iterations", type=number(int, 1), default=20, help="of roll in, refit, improve")
-    one = "one trajectory each"
+    flag("--iterations", type=number(int, 1), default=20, help="of roll-in, refit and improvement")
+    one = "environments, one trajectory each"
     flag("--num-envs", type=number(int, 1, 10_000), help=recipes(one, "num_envs"))
-    mixing = "iterations in which alpha, the share that the expert begins, falls from 1 to 0"
+    mixing = "iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0"
     flag("--mixing", type=number(int, 1), default=5, help=mixing)
-    noise = "largest deviation of the noise on the actions of a roll-in; 0: none"
+    noise = "largest standard deviation of the noise on roll-in actions; 0: none"
     flag("--noise", type=number(float, 0), help=recipes(noise, "noise"))
     longest = "the expert takes over after a random number of steps below this"
     flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
-    flag("--critics", type=number(int, 2), default=2, help="of a refit; their spread is doubt")
+    flag("--critics", type=number(int, 2), default=2, help="how many to fit; spread = uncertainty")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="hidden layers' width")
-    flag("--critic-updates", type=number(int, 0), default=1_000, help="an iteration")
+    flag("--critic-updates", type=number(int, 0), default=1_000, help="per iteration")
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
-    dagger = "dagger imitates: no Q*, and roll-ins with neither noise nor the expert's tail"
+    dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
-    flag("--policy-updates", type=number(int, 1), default=3_000, help="an iteration")
+    flag("--policy-updates", type=number(int, 1), default=3_000, help="per iteration")
     flag("--policy-lr", type=number(float, 0), default=2e-3, help="step size of Adam")
     anneal = "let --policy-lr fall to 0 in each iteration"
     flag("--anneal", action=argparse.BooleanOptionalAction, default=True, help=anneal)
-    flag("--batch-size", type=number(int, 1), default=256, help="of both updates")
+    flag("--batch-size", type=number(int, 1), default=256, help="for both updates")
     standard = recipes("the networks' inputs, by the expert's first trajectories", "standardize")
     flag("--standardize", action=argparse.BooleanOptionalAction, help=standard)
     width = "width of the two hidden layers"
     flag("--hidden", type=number(int, 1, 4_096), help=recipes(width, "hidden"))
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
-    caution = "how many deviations of the critics to take off their mean: a lower bound"
+    caution = "standard deviations of the critics to subtract from their mean: a lower bound"
     flag("--caution", type=number(float, 0), help=recipes(caution, "caution"))
     anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
     flag("--anchor", type=number(float, 0), help=recipes(anchor, "anchor"))
@@ -150,7 +150,7 @@ def relu_mlp(*sizes):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / deviation, at least LEAST_DEVIATION, of a sample: (..., size) -> (..., size)."""
+    """(x - mean) / max(deviation, LEAST_DEVIATION), of a sample: (..., size) -> (..., size)."""
 
     def __init__(self, size):
         super().__init__()
@@ -207,7 +207,8 @@ class Critics(nn.Module):
 class Expert(Actor):
     """The greedy actor and the critics of a stable-baselines3 SAC or TD3, from its weights.
 
-    `weights` are named as there. Raises KeyError, IndexError or RuntimeError at anything else."""
+    `weights` are named as in that model. Anything else raises KeyError, IndexError or
+    RuntimeError."""
 
     def __init__(self, weights):
         super().__init__()
@@ -241,7 +242,7 @@ def discounted_returns(rewards, gamma):
 
 
 def fitted_q_loss(critics, target, batch, gamma):
-    """Squared error to r + gamma Q*(s', the EXPERT's action there), and 0 after a fall.
+    """Squared error to r + gamma Q*(s', the EXPERT's action there), or to r after a fall.
 
     Fitted Q evaluation (Le et al. 2019, algorithm 3). The next action is the expert's even where
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
@@ -252,7 +253,7 @@ def fitted_q_loss(critics, target, batch, gamma):
 
 
 def cautious_advantages(critics, observations, actions, expert_actions, caution):
-    """A*(s, a) = Q*(s, a) - Q*(s, expert's): mean over the networks less their spread. (batch,)"""
+    """A*(s, a) = Q*(s, a) - Q*(s, expert's): the networks' mean minus caution * spread. (batch,)"""
     difference = critics(observations, actions) - critics(observations, expert_actions)
     spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has gradient NaN
     return difference.mean(0) - caution * spread
@@ -261,7 +262,7 @@ def cautious_advantages(critics, observations, actions, expert_actions, caution)
 def aggrevated_loss(policy, critics, observations, expert_actions, weight, caution, anchor):
     """Minus A* of the learner's own actions, reparameterised, held near the expert's. -> ()
 
-    DEVIATION: the paper has the score function's gradient of E[A*] in a state, and no anchor."""
+    DEVIATION: the paper uses the score-function gradient of E[A*] in a state, and no anchor."""
     actions = policy(observations).rsample()
     advantages = cautious_advantages(critics, observations, actions, expert_actions, caution)
     distances = (policy.greedy(observations) - expert_actions).square().sum(-1)
@@ -283,10 +284,10 @@ def correlation(x, y):
 
 
 class Walkers:
-    """One episode in each of some environments; a walker whose episode is over rests.
+    """One episode in each of several environments; a walker whose episode is over rests.
 
-    To be reset once: Box2D remembers what went before, and a second episode of the same seed may
-    take another course."""
+    Reset it only once: Box2D remembers what went before, and a second episode with the same seed
+    may turn out differently."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id) for _ in range(num_envs)]
@@ -300,9 +301,9 @@ class Walkers:
         return self.observations.copy(), {}
 
     def step(self, actions):
-        """As a vector environment's. Raises Failed at a NaN, at which Box2D would abort.
+        """Like a vector environment's. Raises Failed on a NaN, which would make Box2D abort.
 
-        Ctrl-C waits for the end: from within Box2D it may come out as a TypeError."""
+        Ctrl-C waits for the step to end: inside Box2D it may turn into a TypeError."""
         if actions.shape != (len(self.envs), *self.action_space.shape[1:]):
             raise Failed(
                 f"actions {actions.shape} of {len(self.envs)} open walkers, expected 4 each"
@@ -329,7 +330,7 @@ class Walkers:
 
 
 def make_envs(env_id, num_envs):
-    """CHANGE ME: the task, with FALL, its only end at value 0, and the sizes 24, 4 and 28."""
+    """CHANGE ME: the task, FALL (the only end with value 0), and the sizes 24, 4 and 28."""
     return Walkers(env_id, num_envs)
 
 
@@ -343,7 +344,7 @@ def make_expert(args):
             about = json.loads(archive.read("data"))
             file = io.BytesIO(archive.read("policy.pth"))
             weights = torch.load(file, weights_only=True, map_location="cpu")
-        trained_on = about.get("env_id", args.env_id)  # stable-baselines3 does not tell
+        trained_on = about.get("env_id", args.env_id)  # stable-baselines3 does not say
         check(trained_on == args.env_id, f"an expert for {trained_on}, expected {args.env_id}")
         check(not about.get("use_sde"), "uses gSDE, expected a plain SAC or TD3")
         activation = str(dict(about.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'"))
@@ -353,7 +354,7 @@ def make_expert(args):
         expert = Expert(weights)
         check_finite(expert)
         observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
-        check(expert.greedy(observations).shape == actions.shape, "other actions, expected 4")
+        check(expert.greedy(observations).shape == actions.shape, "wrong action size, expected 4")
         values = expert.critics(observations, actions).shape
         check(values == (2, 1), f"critics with outputs {tuple(values)}, expected two with one each")
         return expert.requires_grad_(False)
@@ -365,10 +366,10 @@ def make_expert(args):
 
 @torch.no_grad()
 def roll_in(envs, policy, expert, alpha, args):
-    """A trajectory of each environment, one after the other: a dict of (steps, ...).
+    """One trajectory from each environment, one after the other: a dict of (steps, ...).
 
-    Each is begun by the expert (with probability alpha) or the learner, with noise on the actions,
-    and walked to its end by the expert alone, from a random step below --switch on: `tail`.
+    Each is started by the expert (with probability alpha) or the learner, with noise on the
+    actions. From a random step below --switch on, the expert alone walks it to its end: `tail`.
     DAgger's have neither noise nor tail."""
     below = EVALUATION_SEEDS - envs.num_envs  # evaluation's seeds are never trained on
     observations, _ = envs.reset(seed=int(torch.randint(below, ())))
@@ -385,7 +386,7 @@ def roll_in(envs, policy, expert, alpha, args):
         chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
         tail = len(frames) >= switch
         actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1)).numpy()
-        noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # lasts some steps, deviation 1
+        noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated in time, deviation 1
         frame = {"observations": observations, "actions": actions, "tail": tail[:, 0].numpy()}
         frame["expert_actions"] = expert_actions.numpy()
         observations, rewards, *_ = envs.step(actions)
@@ -403,7 +404,7 @@ def roll_in(envs, policy, expert, alpha, args):
 
 
 class Transitions:
-    """All transitions so far, of which a checkpoint holds every one."""
+    """All transitions so far; a checkpoint holds every one of them."""
 
     def __init__(self):
         self.columns = {}
@@ -427,10 +428,10 @@ class Transitions:
 
 
 def cost_to_go(batch, gamma):
-    """For the log alone: where the expert's cost-to-go is known, and the returns: (steps,) both.
+    """For logging only: where the expert's cost-to-go is known, and the returns: (steps,) both.
 
-    Known are the steps of the expert's tail. Where it ends without a fall, Q* takes the walk to go
-    on but the rewards stop: then its last 5 / (1 - gamma) steps are left out."""
+    It is known in the expert's tail. If that ends without a fall, the rewards stop although Q*
+    assumes that the walk goes on, so its last 5 / (1 - gamma) steps are left out."""
     known, returns, begin = torch.zeros_like(batch["tail"]), [], 0
     for end in (batch["last"].nonzero()[:, 0] + 1).tolist():
         returns.append(discounted_returns(batch["rewards"][begin:end], gamma))
@@ -467,7 +468,7 @@ def refit(critics, target, optimizer, transitions, args):
 
 def improve(policy, critics, optimizer, transitions, weight, args):
     """Step 3, on the states of all trajectories so far; returns the mean loss."""
-    critics.requires_grad_(False)  # saves the time of their gradients
+    critics.requires_grad_(False)  # saves computing their gradients
     total = torch.zeros((), device=args.device)
     for update in range(args.policy_updates):
         if args.anneal:
@@ -533,24 +534,24 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, evaluation, run folder, main. It holds nothing of the algorithm: read it once.
-# It is the other scripts' but for what asking an expert, in place of watching its demonstrations,
-# and validating change. From above it takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS,
-# RECIPES, add_settings, Policy, make_envs, make_expert and train.
+# The harness: flags, evaluation, run folder, main. It is no part of the algorithm, so read it once.
+# It is the other scripts' harness, except where this script queries an expert in place of reading
+# demonstrations, and where it validates. From above it uses TASKS, METRIC, CLOCK, BUDGET,
+# EVAL_EVERY, EVAL_ENVS, RECIPES, add_settings, Policy, make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
+EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
 MAY_CHANGE = {BUDGET, "resume", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
 
 
 class BadInput(Exception):
-    """Something that a person can mend: one line on stderr, exit status 2."""
+    """Something that the user can fix: one line on stderr, exit status 2."""
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
 
 
 def check(condition, message):
@@ -567,7 +568,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a finite int or float of [low, high]."""
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
@@ -580,22 +581,22 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its settings stand for the defaults."""
+    """The flags; if a run is resumed, its settings take the place of the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {BUDGET}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
+    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
     flag("--out", default="runs", help="the folder that run folders go into")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
     flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
@@ -603,7 +604,7 @@ def parse_args(argv=None):
         saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
     for name, value in RECIPES[args.env_id].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     cuda = torch.cuda.is_available()
@@ -617,7 +618,7 @@ def parse_args(argv=None):
 
 
 def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
     try:
         return reader(Path(path))
     except Exception as error:  # damaged files fail in as many ways as there are readers
@@ -628,7 +629,7 @@ def read(path, reader):
 
 
 def write(path, writer):
-    """Let `writer(file)` write a file whole or not at all."""
+    """Write what `writer(file)` writes: the whole file or nothing."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     writer(content)
     with open(temporary, "wb") as file:
@@ -643,7 +644,7 @@ def write_json(path, content):
 
 
 def write_checkpoint(path, state):
-    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+    """Write the state, followed by its digest so that a damaged file is noticed."""
 
     def writer(file):
         torch.save({"script": SCRIPT, **state}, file)
@@ -655,7 +656,7 @@ def write_checkpoint(path, state):
 def read_checkpoint(path):
     content = path.read_bytes()
     state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
     state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
     check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
     return state
@@ -666,7 +667,7 @@ def read_policy(path):
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
     check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # no memory for sizes that are only declared
+    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
         policy = Policy(**saved["network"])
     policy.load_state_dict(saved["weights"], assign=True)
     check_finite(policy.float())
@@ -675,7 +676,7 @@ def read_policy(path):
 
 def check_finite(network):
     sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected numbers")
+    check(sound, "weights that are NaN or infinite, expected finite ones")
 
 
 def check_moments(adam):
@@ -690,9 +691,9 @@ def check_moments(adam):
 
 
 def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not preferred.
+    """The first episode of each of many environments, so that short ones are not favoured.
 
-    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    `act` maps observations to actions, one row per environment; None acts at random."""
     played = []
     while len(played) < episodes:
         envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
@@ -733,7 +734,7 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
     space = gym.make(env_id).action_space
 
     def pairs(episodes):
@@ -766,7 +767,7 @@ def tensors(episodes, device="cpu"):
 class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that resumes it
+    latest = None  # for the command that Ctrl-C prints
 
     def __init__(self, args):
         began = time.perf_counter()
@@ -779,7 +780,7 @@ class Run:
         self.expert = make_expert(args)
         weights = (x.cpu().numpy().tobytes() for x in self.expert.state_dict().values())
         self.digest = sha256(b"".join(weights)).hexdigest()
-        seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # the final evaluation's, to be paired
+        seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # as in the final evaluation, for pairing
         episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
         print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
         cut = len(episodes) - len(episodes) // 5
@@ -788,7 +789,7 @@ class Run:
         self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
-        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
@@ -796,12 +797,12 @@ class Run:
             check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after SummaryWriter, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would recreate a deleted folder
         Run.latest = self
-        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
         self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
 
@@ -815,7 +816,7 @@ class Run:
 
     def load(self, path):
         state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
+        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):
@@ -830,7 +831,7 @@ class Run:
         return self.count[CLOCK] >= getattr(self.args, BUDGET)
 
     def record(self, scalars, policy, best):
-        """End an iteration: log it, validate and save where due. Raises Failed at a NaN loss."""
+        """End an iteration: log it, validate and save when due. Raises Failed on a NaN loss."""
         now, every = self.count[CLOCK], self.args.eval_every
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
@@ -862,7 +863,7 @@ class Run:
         return statistics(self.played)
 
     def finish(self, policy):
-        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
         args, folder, env_id = self.args, self.folder, self.args.env_id
         self.bar.close()
         self.log.close()
@@ -882,7 +883,7 @@ class Run:
         gains = np.array([ours - theirs for ours, theirs in zip(*both)])  # on the same seeds
         solved, verdict = self.judge(results["learner"])
         error = gains.std(ddof=1) / len(gains) ** 0.5
-        verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) to its expert"
+        verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
         summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
         summary |= {name: self.count[name] for name in ("env_steps", "updates")}
         summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
@@ -899,9 +900,9 @@ class Run:
         return summary
 
     def judge(self, learner):
-        """The validation that solved it, the first that was good or else the best; a sentence.
+        """The validation that solved it (the first good one, or else the best), and a verdict.
 
-        None did where the kept policy is not good in the end."""
+        The first is empty if the kept policy is not good in the final evaluation."""
         good = TASKS[self.args.env_id]
         if learner[METRIC] < good:
             return {}, f"not solved: {METRIC} {learner[METRIC]:.4g} of {good:g}"
@@ -940,7 +941,7 @@ def draw(summary, path):
 
 
 def show(policy, args, folder):
-    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
         try:
             env = gym.make(args.env_id, render_mode=mode)
@@ -986,7 +987,7 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "as before"
+        command = "the same command as before"
         if Run.latest:
             command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)

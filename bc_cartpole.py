@@ -3,13 +3,13 @@
 The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/neco.1991.3.1.88):
     repeat  draw a minibatch of the expert's (state, action) pairs
             take a step on -log pi(action | state)
-No environment is stepped. Nobody teaches the policy what to do where the expert never was: its
-errors carry it there, and there it errs more (Ross & Bagnell 2010). So its accuracy on held-out
-pairs, which are all from where the expert was, can be high although the pole falls.
+No environment is stepped. Nothing teaches the policy what to do in states the expert never visited:
+its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). So its accuracy on
+held-out pairs, all from states the expert did visit, can be high even though the pole falls.
 
     python bc_cartpole.py --updates 500             a look around: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
-    python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
+    python bc_cartpole.py --resume runs/FOLDER      resume a run where it stopped
 
 Expect a return of about 460 of 500 from one demonstration, 500 from four, and 300 from 30 pairs
 (--num-pairs 30), after a few seconds of training; the table is in docs/bc_cartpole.md.
@@ -57,22 +57,20 @@ from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
-# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
+TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved if METRIC >= this
+# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "updates", 500
 EVAL_ENVS, NUM_DEMOS = 500, 1
-DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
+DEMOS = "{env_id}_{expert}.npz"  # in experts/; if missing, made in --out
 LOG_EVERY = 100  # updates
 
 
 def add_settings(parser):
-    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
+    """The algorithm's flags. `number`, like `check`, `tensors` and `Run`, is in the harness."""
     flag = parser.add_argument_group("algorithm").add_argument
-    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
+    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="trained by stable-baselines3")
     flag("--updates", type=number(int, 1), default=2_000, help="steps of the optimizer")
-    flag(
-        "--batch-size", type=number(int, 1), default=64, help="pairs a step, drawn with replacement"
-    )
+    flag("--batch-size", type=number(int, 1), default=64, help="pairs per step, with replacement")
     flag("--learning-rate", type=number(float, 0), default=3e-3, help="step size of Adam")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
 
@@ -186,24 +184,24 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and holds nothing of the algorithm: read it once. From above it
-# takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# every script with demonstrations and no part of the algorithm, so read it once. From above it
+# uses TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
 # make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
-RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; those at a file's end, never trained on
 MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
 
 
 class BadInput(Exception):
-    """Something that a person can mend: one line on stderr, exit status 2."""
+    """Something that the user can fix: one line on stderr, exit status 2."""
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
 
 
 def check(condition, message):
@@ -220,7 +218,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a finite int or float of [low, high]."""
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
@@ -233,26 +231,26 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its settings stand for the defaults."""
+    """The flags; if a run is resumed, its settings take the place of the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
+    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
     flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
     flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     named = (args.resume, args.evaluate, args.record_demos)
@@ -261,7 +259,7 @@ def parse_args(argv=None):
         saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     if args.device == "auto":
@@ -273,7 +271,7 @@ def parse_args(argv=None):
 
 
 def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
     try:
         return reader(Path(path))
     except Exception as error:  # damaged files fail in as many ways as there are readers
@@ -284,7 +282,7 @@ def read(path, reader):
 
 
 def write(path, writer):
-    """Let `writer(file)` write a file whole or not at all."""
+    """Write what `writer(file)` writes: the whole file or nothing."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     writer(content)
     with open(temporary, "wb") as file:
@@ -299,7 +297,7 @@ def write_json(path, content):
 
 
 def write_checkpoint(path, state):
-    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+    """Write the state, followed by its digest so that a damaged file is noticed."""
 
     def writer(file):
         torch.save({"script": SCRIPT, **state}, file)
@@ -311,7 +309,7 @@ def write_checkpoint(path, state):
 def read_checkpoint(path):
     content = path.read_bytes()
     state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
     state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
     check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
     return state
@@ -322,7 +320,7 @@ def read_policy(path):
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
     check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # no memory for sizes that are only declared
+    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
         policy = Policy(**saved["network"])
     policy.load_state_dict(saved["weights"], assign=True)
     check_finite(policy.float())
@@ -331,7 +329,7 @@ def read_policy(path):
 
 def check_finite(network):
     sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected numbers")
+    check(sound, "weights that are NaN or infinite, expected finite ones")
 
 
 def check_moments(adam):
@@ -369,7 +367,7 @@ def read_demos(path, env_id):
         message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
         check(found.dtype == dtype and found.shape == shape, message)
         check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
-    check(size and starts[0], "no episode that starts in the first row, expected one")
+    check(size and starts[0], "no episode starts in the first row, expected one")
     valid = batch_space(env.action_space, size).contains(arrays["actions"])
     check(valid, f"actions out of range, expected {env.action_space}")
     cuts = np.flatnonzero(starts)[1:]
@@ -382,7 +380,7 @@ def read_demos(path, env_id):
 
 
 def record_demos(path, args):
-    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    """Make an expert, check it over 100 episodes and write the first 30 of them to an .npz."""
     check(not path.exists(), f"{path}: exists already, expected a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     check(os.access(path.parent, os.W_OK), f"{path.parent}: cannot be written to")
@@ -390,7 +388,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
+        raise Failed(f"expert too weak: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -403,7 +401,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
+    """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -434,9 +432,9 @@ def tensors(episodes, device="cpu"):
 
 
 def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not preferred.
+    """The first episode of each of many environments, so that short ones are not favoured.
 
-    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    `act` maps observations to actions, one row per environment; None acts at random."""
     played = []
     while len(played) < episodes:
         envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
@@ -477,7 +475,7 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
     space = gym.make(env_id).action_space
 
     def pairs(episodes):
@@ -503,7 +501,7 @@ def occupancy_distances(env_id, held_out, samples):
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that resumes it
+    latest = None  # for the command that Ctrl-C prints
 
     def __init__(self, args):
         began = time.perf_counter()
@@ -519,7 +517,7 @@ class Run:
         self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
-        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
@@ -527,12 +525,12 @@ class Run:
             check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after SummaryWriter, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would recreate a deleted folder
         Run.latest = self
-        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
         self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
 
@@ -546,7 +544,7 @@ class Run:
 
     def load(self, path):
         state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
+        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):
@@ -561,7 +559,7 @@ class Run:
         return self.count[CLOCK] >= getattr(self.args, BUDGET)
 
     def record(self, scalars, policy):
-        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        """End an iteration: log it, evaluate and save when due. Raises Failed on a NaN loss."""
         now, every = self.count[CLOCK], self.args.eval_every
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
@@ -590,7 +588,7 @@ class Run:
         return statistics(self.played)
 
     def finish(self, policy, diagnosis=""):
-        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
         args, folder, env_id = self.args, self.folder, self.args.env_id
         self.bar.close()
         self.log.close()
@@ -628,7 +626,7 @@ class Run:
         return summary
 
     def judge(self, learner):
-        """The first evaluation from which on all are good, the final one too, and a sentence."""
+        """The first evaluation from which on all are good, final one included, and a verdict."""
         good, points = TASKS[self.args.env_id], [*self.curve, learner]
         failures = [i for i, point in enumerate(points) if point[METRIC] < good]
         stable = self.curve[failures[-1] + 1 if failures else 0 :]
@@ -668,7 +666,7 @@ def draw(summary, path):
 
 
 def show(policy, args, folder):
-    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
         try:
             env = gym.make(args.env_id, render_mode=mode)
@@ -716,7 +714,7 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "as before"
+        command = "the same command as before"
         if Run.latest:
             command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)

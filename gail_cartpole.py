@@ -5,20 +5,20 @@ Algorithm 1) repeats:
     1. roll out the policy and keep its (state, action) pairs,
     2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
     3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
-    4. take a step of policy gradient, PPO or REINFORCE, on that reward.
+    4. take a policy gradient step, PPO or REINFORCE, on that reward.
 
     python gail_cartpole.py --total-steps 20000      a look around: a few seconds
     python gail_cartpole.py                          the default run
-    python gail_cartpole.py --resume runs/FOLDER     go on where a run stopped
+    python gail_cartpole.py --resume runs/FOLDER     resume a run where it stopped
 
-Expect a return of 500. By itself it proves nothing: `--control constant-reward` learns nothing from
-the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 is where the
-expert was, 1 as far off as a random policy. docs/gail_cartpole.md has the results.
+Expect a return of 500. By itself that proves nothing: `--control constant-reward` learns nothing
+from the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 matches
+the expert, 1 is as far off as a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-keeps its logits small; (3) twenty steps of D a rollout; (4) the entropy bonus stands beside the
-normalised advantages; (5) an average of the policies is kept, not the last; (6) a choice of reward
-forms, of which `gail` is the paper's, and of an absorbing state.
+keeps its logits small; (3) twenty D updates per rollout; (4) the entropy bonus is weighed against
+normalised advantages, not against the reward; (5) an average of the policies is kept, not the last;
+(6) a choice of reward forms, of which `gail` is the paper's, and of an absorbing state.
 """
 
 # /// script
@@ -65,34 +65,34 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved from this METRIC on
-# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
+TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved if METRIC >= this
+# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5_000
 EVAL_ENVS, NUM_DEMOS = 500, 1
-DEMOS = "{env_id}_{expert}.npz"  # in experts/, or made where it is missing
-RECIPES = {  # REINFORCE: one large step a rollout, and less variance by a shorter horizon
+DEMOS = "{env_id}_{expert}.npz"  # in experts/; if missing, made in --out
+RECIPES = {  # REINFORCE: one large step per rollout, and less variance from a shorter horizon
     "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
     "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
 }
-FINAL_LR = 0.02  # policy's and critic's step sizes fall to this share by the default budget's end
+FINAL_LR = 0.02  # policy and critic step sizes fall to this share by the end of the default budget
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser):
-    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
+    """The algorithm's flags. `number`, like `check`, `tensors` and `Run`, is in the harness."""
 
     def recipes(help, name):
         return f"{help} (default: {', '.join(f'{r[name]:,} with {k}' for k, r in RECIPES.items())})"
 
     flag = parser.add_argument_group("expert").add_argument
-    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="by stable-baselines3")
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert: a warm start")
-    flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
+    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="trained by stable-baselines3")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
+    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--policy-gradient", choices=RECIPES, default="ppo", help="step 4")
+    flag("--policy-gradient", choices=RECIPES, default="ppo", help="for step 4 above")
     flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
     flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
-    flag("--num-steps", type=number(int, 3), help=recipes("steps of each a rollout", "num_steps"))
+    flag("--num-steps", type=number(int, 3), help=recipes("steps of each per rollout", "num_steps"))
     flag("--policy-lr", type=number(float, 0), help=recipes("Adam's first step size", "policy_lr"))
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -100,7 +100,7 @@ def add_settings(parser):
     lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs per step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -175,14 +175,14 @@ def standardisation(observations):
 
 
 def absorbing_pair(pairs):
-    """The pair that stands for an episode that ended by itself, 0 but for the flag: (1, size)."""
+    """The pair that stands for a terminated episode, 0 except for the flag: (1, size)."""
     return torch.eye(pairs.shape[-1], device=pairs.device)[-1:]
 
 
 def add_absorbing_pairs(pairs, ends, gamma):
-    """One absorbing pair for each discounted step after an end: (n, size) -> (n + more, size).
+    """Add one absorbing pair per discounted step after each end: (n, size) -> (n + more, size).
 
-    DEVIATION: DAC (Kostrikov et al. 2019) adds one an end."""
+    DEVIATION: DAC (Kostrikov et al. 2019) adds one per end."""
     rows = round(float(ends) / (1 - gamma))
     return torch.cat([pairs, absorbing_pair(pairs).expand(rows, -1)])
 
@@ -193,7 +193,7 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """(|gradient of the logit| - 1)^2 between pairs of both kinds (Gulrajani et al. 2017, eq. 3).
+    """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
 
     Mixtures with an absorbing pair are left out: it lies near the expert's pairs, and the penalty
     would tie its logit to theirs. -> ()"""
@@ -216,10 +216,10 @@ def imitation_reward(logits, form):
 
 
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
-    """GAE (Schulman et al. 2016, eq. 16); all of them (num_steps, num_envs).
+    """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values`: of the state that a step leads to, also where the episode is truncated there;
-    where it terminates, 0 or the absorbing state's."""
+    `next_values` are those of the states that the steps lead to, even if an episode is truncated
+    there; where it terminates, 0 or the absorbing state's value."""
     errors = rewards + gamma * next_values - values
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
@@ -243,7 +243,7 @@ def reinforce_loss(log_probs, advantages):
 def recent_average(average, weights, number):
     """The mean of all weights so far, the k-th counted k times; `number` came before these.
 
-    Lacoste-Julien et al. 2012 weight so, for strongly convex problems."""
+    The weighting is that of Lacoste-Julien et al. 2012, for strongly convex problems."""
     return average + 2 / (number + 2) * (weights - average)
 
 
@@ -263,7 +263,7 @@ def make_envs(env_id, num_envs):
 
 
 class CartPoles:
-    """CartPoles in mid-episode, and all that a checkpoint has to know of them."""
+    """CartPoles in mid-episode, and all that a checkpoint needs to restore them."""
 
     def __init__(self, env_id, num_envs):
         self.envs = make_envs(env_id, num_envs)
@@ -294,7 +294,7 @@ class CartPoles:
 
 @torch.no_grad()
 def rollout(cartpoles, policy, num_steps, device):
-    """`num_steps` steps of each, a dict of (num_steps, num_envs, ...); returns of what ended."""
+    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the finished returns."""
     frames, returns = [], []
     for _ in range(num_steps):
         observations = torch.as_tensor(cartpoles.observations, device=device)
@@ -388,7 +388,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 
 
 def diagnose(scalars):
-    """What a person should know of the discriminator, from the last of the logged scalars."""
+    """A warning about the discriminator if there is cause, from the last logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
@@ -412,10 +412,10 @@ def train(args):
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
         falls = sum(episode["terminated"] for episode in run.demos)
-        check(not (args.num_pairs and falls), "--num-pairs: expected --no-absorbing beside it")
+        check(not (args.num_pairs and falls), "--num-pairs: expected --no-absorbing with it")
         expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets its own
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # for cloning; GAIL sets its own
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     average = AveragedModel(policy, avg_fn=recent_average)
     cartpoles = CartPoles(args.env_id, args.num_envs)
@@ -487,24 +487,24 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and holds nothing of the algorithm: read it once. From above it
-# takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# every script with demonstrations and no part of the algorithm, so read it once. From above it
+# uses TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
 # make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
-RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; those at a file's end, never trained on
 MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
 
 
 class BadInput(Exception):
-    """Something that a person can mend: one line on stderr, exit status 2."""
+    """Something that the user can fix: one line on stderr, exit status 2."""
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
 
 
 def check(condition, message):
@@ -521,7 +521,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a finite int or float of [low, high]."""
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
@@ -534,26 +534,26 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its settings stand for the defaults."""
+    """The flags; if a run is resumed, its settings take the place of the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
+    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
     flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
     flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     named = (args.resume, args.evaluate, args.record_demos)
@@ -562,7 +562,7 @@ def parse_args(argv=None):
         saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     if args.device == "auto":
@@ -574,7 +574,7 @@ def parse_args(argv=None):
 
 
 def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
     try:
         return reader(Path(path))
     except Exception as error:  # damaged files fail in as many ways as there are readers
@@ -585,7 +585,7 @@ def read(path, reader):
 
 
 def write(path, writer):
-    """Let `writer(file)` write a file whole or not at all."""
+    """Write what `writer(file)` writes: the whole file or nothing."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     writer(content)
     with open(temporary, "wb") as file:
@@ -600,7 +600,7 @@ def write_json(path, content):
 
 
 def write_checkpoint(path, state):
-    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+    """Write the state, followed by its digest so that a damaged file is noticed."""
 
     def writer(file):
         torch.save({"script": SCRIPT, **state}, file)
@@ -612,7 +612,7 @@ def write_checkpoint(path, state):
 def read_checkpoint(path):
     content = path.read_bytes()
     state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
     state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
     check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
     return state
@@ -623,7 +623,7 @@ def read_policy(path):
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
     check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # no memory for sizes that are only declared
+    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
         policy = Policy(**saved["network"])
     policy.load_state_dict(saved["weights"], assign=True)
     check_finite(policy.float())
@@ -632,7 +632,7 @@ def read_policy(path):
 
 def check_finite(network):
     sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected numbers")
+    check(sound, "weights that are NaN or infinite, expected finite ones")
 
 
 def check_moments(adam):
@@ -670,7 +670,7 @@ def read_demos(path, env_id):
         message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
         check(found.dtype == dtype and found.shape == shape, message)
         check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
-    check(size and starts[0], "no episode that starts in the first row, expected one")
+    check(size and starts[0], "no episode starts in the first row, expected one")
     valid = batch_space(env.action_space, size).contains(arrays["actions"])
     check(valid, f"actions out of range, expected {env.action_space}")
     cuts = np.flatnonzero(starts)[1:]
@@ -683,7 +683,7 @@ def read_demos(path, env_id):
 
 
 def record_demos(path, args):
-    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    """Make an expert, check it over 100 episodes and write the first 30 of them to an .npz."""
     check(not path.exists(), f"{path}: exists already, expected a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     check(os.access(path.parent, os.W_OK), f"{path.parent}: cannot be written to")
@@ -691,7 +691,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
+        raise Failed(f"expert too weak: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -704,7 +704,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
+    """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -735,9 +735,9 @@ def tensors(episodes, device="cpu"):
 
 
 def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not preferred.
+    """The first episode of each of many environments, so that short ones are not favoured.
 
-    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    `act` maps observations to actions, one row per environment; None acts at random."""
     played = []
     while len(played) < episodes:
         envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
@@ -778,7 +778,7 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
     space = gym.make(env_id).action_space
 
     def pairs(episodes):
@@ -804,7 +804,7 @@ def occupancy_distances(env_id, held_out, samples):
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that resumes it
+    latest = None  # for the command that Ctrl-C prints
 
     def __init__(self, args):
         began = time.perf_counter()
@@ -820,7 +820,7 @@ class Run:
         self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
-        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
@@ -828,12 +828,12 @@ class Run:
             check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after SummaryWriter, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would recreate a deleted folder
         Run.latest = self
-        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
         self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
 
@@ -847,7 +847,7 @@ class Run:
 
     def load(self, path):
         state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
+        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):
@@ -862,7 +862,7 @@ class Run:
         return self.count[CLOCK] >= getattr(self.args, BUDGET)
 
     def record(self, scalars, policy):
-        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        """End an iteration: log it, evaluate and save when due. Raises Failed on a NaN loss."""
         now, every = self.count[CLOCK], self.args.eval_every
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
@@ -891,7 +891,7 @@ class Run:
         return statistics(self.played)
 
     def finish(self, policy, diagnosis=""):
-        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
         args, folder, env_id = self.args, self.folder, self.args.env_id
         self.bar.close()
         self.log.close()
@@ -929,7 +929,7 @@ class Run:
         return summary
 
     def judge(self, learner):
-        """The first evaluation from which on all are good, the final one too, and a sentence."""
+        """The first evaluation from which on all are good, final one included, and a verdict."""
         good, points = TASKS[self.args.env_id], [*self.curve, learner]
         failures = [i for i, point in enumerate(points) if point[METRIC] < good]
         stable = self.curve[failures[-1] + 1 if failures else 0 :]
@@ -969,7 +969,7 @@ def draw(summary, path):
 
 
 def show(policy, args, folder):
-    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
         try:
             env = gym.make(args.env_id, render_mode=mode)
@@ -1017,7 +1017,7 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "as before"
+        command = "the same command as before"
         if Run.latest:
             command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)

@@ -8,18 +8,18 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
-    python gail_racecar_reinforce.py                          the default run: some minutes
-    python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
+    python gail_racecar_reinforce.py                          the default run: a few minutes
+    python gail_racecar_reinforce.py --resume runs/FOLDER     resume a run where it stopped
 
-Needs racecar_env.py beside it. docs/gail_racecar_reinforce.md has the results, and what each of
-the choices below is for.
+Needs racecar_env.py in the same folder. docs/gail_racecar_reinforce.md has the results, and the
+reasons for the choices below.
 
 Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D, in fixed
-units, and twenty steps of D a rollout; (3) two absorbing states, one after the finish and one after
-a wall: what follows an end is imitated too, so that crashing is not merely the end of the pay.
-Where the finish lies is told, and with it which ends are good; (4) a standard deviation of the
-actions that falls on schedule in place of an entropy bonus; (5) a moving average of the policies is
-what is evaluated and kept; (6) a choice of reward forms; the paper's is `gail`.
+units, and twenty D updates per rollout; (3) two absorbing states, one after the finish and one
+after a wall: what follows an end is imitated too, so that a crash does more than stop the reward.
+For this, the script is told where the finish lies, and thus which ends are good; (4) a standard
+deviation of the actions that falls on a schedule, in place of an entropy bonus; (5) a moving
+average of the policies is evaluated and kept; (6) a choice of reward forms: the paper's is `gail`.
 """
 
 # /// script
@@ -66,31 +66,31 @@ from tqdm import tqdm
 
 from racecar_env import FINISH, FINISH_RADIUS, RaceCarVectorEnv, WaypointController, progress
 
-TASKS = {"RaceCar-v0": 0.95}  # solved from this METRIC on
-# What is judged, what counts progress, the flag that ends it, and how often to evaluate:
+TASKS = {"RaceCar-v0": 0.95}  # solved if METRIC >= this
+# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "success_rate", "env_steps", "total_steps", 50_000
 EVAL_ENVS, NUM_DEMOS = 10, 4
-DEMOS = "{env_id}.npz"  # in experts/, or made where it is missing
+DEMOS = "{env_id}.npz"  # in experts/; if missing, made in --out
 FINAL_LR = 0.05  # D's step size falls to this share over --schedule, the policy's to its square
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
-METRE = 2  # what a metre of place is to the networks; with much less the corners blur
+METRE = 2  # one metre of position as the networks see it; much less blurs the corners
 # D's units: the gradient penalty lets a difference of one unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see make_pairs
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser):
-    """The flags of the algorithm. `number`, like `check`, `tensors` and `Run`, is the harness's."""
+    """The algorithm's flags. `number`, like `check`, `tensors` and `Run`, is in the harness."""
     flag = parser.add_argument_group("expert").add_argument
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert: a warm start")
-    flag("--control", choices=CONTROLS, default="none", help="take the expert's lesson away")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
+    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps")
     schedule = "steps over which the actions' deviation and the policy's and D's step sizes fall"
     flag("--schedule", type=number(int, 1), default=2_000_000, help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=16, help="environments at once")
-    flag("--num-steps", type=number(int, 3), default=64, help="steps of each a rollout")
+    flag("--num-steps", type=number(int, 3), default=64, help="steps of each per rollout")
     flag("--policy-lr", type=number(float, 0), default=4e-4, help="Adam's first step size")
     flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -98,11 +98,11 @@ def add_settings(parser):
     lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=5, help="the baseline's passes over a rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs a step")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs per step")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar_ppo.md"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    absorbing = "let D value what follows an end, at a wall or at the finish; otherwise that is 0"
+    absorbing = "let D judge what follows an end, at a wall or the finish; otherwise its value is 0"
     flag("--absorbing", action=argparse.BooleanOptionalAction, default=True, help=absorbing)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
@@ -114,7 +114,7 @@ def add_settings(parser):
 
 
 def features(observations):
-    """(..., 9) -> (..., 10): the heading as sine and cosine, place and steering rates scaled."""
+    """(..., 9) -> (..., 10): the heading as sine and cosine; position and steering rates scaled."""
     place, velocity, yaw, angles, rates = observations.split([2, 2, 1, 2, 2], -1)
     return torch.cat([METRE * place, velocity, yaw.sin(), yaw.cos(), angles, rates / 10], -1)
 
@@ -131,7 +131,7 @@ def mlp(*sizes):
 def spread(layer, inputs):
     """Choose a first layer's biases so that each tanh is centred on one of the inputs: (rows, in).
 
-    PyTorch's centre them all near the track's origin; far from it D's would be flat."""
+    PyTorch's own centre them all near the track's origin; far from there, D would be flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
@@ -191,12 +191,12 @@ LOW, HIGH = np.array([[-1, 0], [1, 1]], np.float32)  # of steering and throttle
 def to_box(actions):
     """From [-1, 1], clipped, to the car's own range, as NumPy: (..., 2) -> (..., 2).
 
-    So a new policy, with means near 0, drives straight on at half throttle, and explores both."""
+    So a new policy, with means near 0, drives straight at half throttle and explores around it."""
     return LOW + (HIGH - LOW) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
 
 
 def from_box(actions):
-    """The way back: (..., 2) -> (..., 2)."""
+    """The inverse of to_box: (..., 2) -> (..., 2)."""
     low, high = torch.as_tensor(LOW), torch.as_tensor(HIGH)
     return 2 * (actions - low) / (high - low) - 1
 
@@ -208,7 +208,7 @@ def make_pairs(observations, actions):
 
 
 def at_finish(observations):
-    """All that is known of the track: (..., 9) -> (...) bool."""
+    """Is the car at the finish? All that is known of the track: (..., 9) -> (...) bool."""
     finish = torch.tensor(FINISH, device=observations.device)
     return (observations[..., :2] - finish).norm(dim=-1) <= FINISH_RADIUS
 
@@ -217,13 +217,13 @@ def absorbing_pairs(finished):
     """What follows an end for ever, at the finish or at a wall: (...) bool -> (..., 13).
 
     DEVIATION: DAC (Kostrikov et al. 2019) has one absorbing state. The expert's laps end too, so
-    that crashing would look like finishing."""
+    with only one, crashing would look like finishing."""
     flag = torch.where(finished, 1.0, -1.0)
     return F.pad(flag[..., None], (12, 0))
 
 
 def add_absorbing_pairs(pairs, finished, gamma):
-    """One for each of the 1 / (1 - gamma) discounted steps after an end: (n, 13), (ends,) bool."""
+    """Add 1 / (1 - gamma) pairs per end, one per discounted step: (n, 13), (ends,) bool."""
     return torch.cat([pairs, absorbing_pairs(finished).repeat(round(1 / (1 - gamma)), 1)])
 
 
@@ -233,9 +233,9 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """max(0, |gradient of the logit| - 1)^2 between pairs of both kinds: -> ().
+    """max(0, |logit gradient| - 1)^2 between expert and policy pairs: -> ().
 
-    As Petzka et al. 2018, https://arxiv.org/abs/1709.08894, have it."""
+    The one-sided penalty of Petzka et al. 2018, https://arxiv.org/abs/1709.08894."""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = mix * expert_pairs + (1 - mix) * policy_pairs
     between = discriminator.standardise(between).requires_grad_()
@@ -254,10 +254,10 @@ def imitation_reward(logits, form):
 
 
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
-    """GAE (Schulman et al. 2016, eq. 16); all of them (num_steps, num_envs).
+    """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values`: of the state that a step leads to, also where the episode is truncated there;
-    where it terminates, 0 or the absorbing state's."""
+    `next_values` are those of the states that the steps lead to, even if an episode is truncated
+    there; where it terminates, 0 or the absorbing state's value."""
     errors = rewards + gamma * next_values - values
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
@@ -287,17 +287,17 @@ def make_envs(env_id, num_envs):
 
 
 class Cars:
-    """Race cars in mid-episode, and all that a checkpoint has to know of them."""
+    """Race cars in mid-episode, and all that a checkpoint needs to restore them."""
 
     def __init__(self, env_id, num_envs):
         self.envs = make_envs(env_id, num_envs)
 
     def reset(self, seed):
         self.observations, _ = self.envs.reset(seed=seed)
-        self.histories = [[] for _ in self.envs.envs]  # the actions since
+        self.histories = [[] for _ in self.envs.envs]  # each car's actions since then
 
     def step(self, actions):
-        """One transition of each car. Those whose episode it ends are at the start after it."""
+        """One transition of each car. Those whose episode ends are put back at the start."""
         observations = self.observations
         next_observations, _, terminated, truncated, _ = self.envs.step(actions)
         done = terminated | truncated
@@ -310,7 +310,7 @@ class Cars:
         return (observations, next_observations, terminated, truncated), ended
 
     def describe(self, i, observation, terminated):
-        """Of the episode that car i has just ended, for the log: steps, progress, finish, wall."""
+        """The episode that car i has just ended, for the log: steps, progress, finish, wall."""
         length, way = len(self.histories[i]), progress(observation)
         return length, way, float(terminated and way == 1), float(terminated and way < 1)
 
@@ -320,7 +320,7 @@ class Cars:
         return {"episodes": list(zip(seeds, actions))}
 
     def load_state_dict(self, state):
-        """Drive every car's episode once more up to where it was."""
+        """Replay every car's episode up to where it was."""
         self.reset(0)
         for i, (seed, actions) in enumerate(state["episodes"]):
             self.observations[i], _ = self.envs.envs[i].reset(seed=seed)
@@ -331,7 +331,7 @@ class Cars:
 
 @torch.no_grad()
 def rollout(cars, policy, num_steps, device):
-    """`num_steps` transitions of each car, a dict of (num_steps, num_envs, ...), and what ended."""
+    """`num_steps` steps of each car: a dict of (num_steps, num_envs, ...), and ended episodes."""
     frames, ended = [], []
     for _ in range(num_steps):
         actions = policy(torch.as_tensor(cars.observations, device=device)).sample()
@@ -405,7 +405,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 
 
 def diagnose(scalars):
-    """What a person should know of the discriminator, from the last of the logged scalars."""
+    """A warning about the discriminator if there is cause, from the last logged scalars."""
     if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
@@ -430,13 +430,13 @@ def train(args):
         spread(network.network[0], features(observations))
     absorbing = args.absorbing and args.control != "constant-reward"
     if absorbing:
-        laps = sum(episode["terminated"] for episode in run.demos)  # taken to be finishes
-        check(not (args.num_pairs and laps), "--num-pairs: expected --no-absorbing beside it")
+        laps = sum(episode["terminated"] for episode in run.demos)  # assumed to be finishes
+        check(not (args.num_pairs and laps), "--num-pairs: expected --no-absorbing with it")
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = add_absorbing_pairs(expert_pairs, finished, args.gamma)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
-    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # cloning's; GAIL sets the policy's
+    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # for cloning; GAIL sets the policy's
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     cars = Cars(args.env_id, args.num_envs)
     cars.reset(int(torch.randint(2**62, ())))  # from --seed, runs 1 and 2 would share most starts
@@ -507,24 +507,24 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and holds nothing of the algorithm: read it once. From above it
-# takes TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
+# every script with demonstrations and no part of the algorithm, so read it once. From above it
+# uses TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
 # make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation's begin here, apart from training's
-RECORDED, HELD_OUT = 30, 20  # episodes in a new file; the last of a file, not to be learnt from
+EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
+RECORDED, HELD_OUT = 30, 20  # episodes in a new file; those at a file's end, never trained on
 MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # beside --resume
+MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
 
 
 class BadInput(Exception):
-    """Something that a person can mend: one line on stderr, exit status 2."""
+    """Something that the user can fix: one line on stderr, exit status 2."""
 
 
 class Failed(Exception):
-    """A loss that is no number, an expert that is none, a film that fails: exit status 1."""
+    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
 
 
 def check(condition, message):
@@ -541,7 +541,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a finite int or float of [low, high]."""
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
@@ -554,26 +554,26 @@ def number(kind, low, high=10**9):
 
 
 def parse_args(argv=None):
-    """The flags; where a run is resumed, its settings stand for the defaults."""
+    """The flags; if a run is resumed, its settings take the place of the defaults."""
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
     add_settings(parser)
     flag = parser.add_argument_group("run").add_argument
     flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
-    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all that is random in a run")
+    flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
     flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
     flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
     flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
     flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on seeds apart")
+    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="go on with that run; its budget may grow")
+    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
     flag("--out", default="runs", help="the folder for run folders and new experts")
     flag("--run-name", help="the run folder (default: script, seed, date and time)")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--render", action="store_true", help="at the end, three episodes in a window")
     flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="torch's; one is fastest here")
+    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
     flag("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     named = (args.resume, args.evaluate, args.record_demos)
@@ -582,7 +582,7 @@ def parse_args(argv=None):
         saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot change on the way")
+        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     if args.device == "auto":
@@ -594,7 +594,7 @@ def parse_args(argv=None):
 
 
 def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes one line: BadInput."""
+    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
     try:
         return reader(Path(path))
     except Exception as error:  # damaged files fail in as many ways as there are readers
@@ -605,7 +605,7 @@ def read(path, reader):
 
 
 def write(path, writer):
-    """Let `writer(file)` write a file whole or not at all."""
+    """Write what `writer(file)` writes: the whole file or nothing."""
     content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     writer(content)
     with open(temporary, "wb") as file:
@@ -620,7 +620,7 @@ def write_json(path, content):
 
 
 def write_checkpoint(path, state):
-    """Behind the state stands a digest of it, so that a damaged file is noticed."""
+    """Write the state, followed by its digest so that a damaged file is noticed."""
 
     def writer(file):
         torch.save({"script": SCRIPT, **state}, file)
@@ -632,7 +632,7 @@ def write_checkpoint(path, state):
 def read_checkpoint(path):
     content = path.read_bytes()
     state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected a whole checkpoint")
+    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
     state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
     check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
     return state
@@ -643,7 +643,7 @@ def read_policy(path):
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
     check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # no memory for sizes that are only declared
+    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
         policy = Policy(**saved["network"])
     policy.load_state_dict(saved["weights"], assign=True)
     check_finite(policy.float())
@@ -652,7 +652,7 @@ def read_policy(path):
 
 def check_finite(network):
     sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected numbers")
+    check(sound, "weights that are NaN or infinite, expected finite ones")
 
 
 def check_moments(adam):
@@ -690,7 +690,7 @@ def read_demos(path, env_id):
         message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
         check(found.dtype == dtype and found.shape == shape, message)
         check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
-    check(size and starts[0], "no episode that starts in the first row, expected one")
+    check(size and starts[0], "no episode starts in the first row, expected one")
     valid = batch_space(env.action_space, size).contains(arrays["actions"])
     check(valid, f"actions out of range, expected {env.action_space}")
     cuts = np.flatnonzero(starts)[1:]
@@ -703,7 +703,7 @@ def read_demos(path, env_id):
 
 
 def record_demos(path, args):
-    """Make an expert, check it over 100 episodes and write the first of them to an .npz."""
+    """Make an expert, check it over 100 episodes and write the first 30 of them to an .npz."""
     check(not path.exists(), f"{path}: exists already, expected a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     check(os.access(path.parent, os.W_OK), f"{path.parent}: cannot be written to")
@@ -711,7 +711,7 @@ def record_demos(path, args):
     episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
     score = statistics(episodes)
     if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"this expert is none: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
+        raise Failed(f"expert too weak: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
     kept = episodes[:RECORDED]
     names = ("observations", "actions", "rewards")
     arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
@@ -724,7 +724,7 @@ def record_demos(path, args):
 
 
 def load_demos(args):
-    """Lists of episodes: to learn from, drawn from those not held out; these; and the held-out."""
+    """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
     name = DEMOS.format(**vars(args))
     shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
     path = Path(args.demos or (shipped if shipped.exists() else made))
@@ -755,9 +755,9 @@ def tensors(episodes, device="cpu"):
 
 
 def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not preferred.
+    """The first episode of each of many environments, so that short ones are not favoured.
 
-    `act` maps observations to actions, both with one row an environment; None acts at random."""
+    `act` maps observations to actions, one row per environment; None acts at random."""
     played = []
     while len(played) < episodes:
         envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
@@ -798,7 +798,7 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes lies from the held-out ones, where samples["random"] is 1."""
+    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
     space = gym.make(env_id).action_space
 
     def pairs(episodes):
@@ -824,7 +824,7 @@ def occupancy_distances(env_id, held_out, samples):
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that resumes it
+    latest = None  # for the command that Ctrl-C prints
 
     def __init__(self, args):
         began = time.perf_counter()
@@ -840,7 +840,7 @@ class Run:
         self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
-        """Name all that a checkpoint holds (by state_dict); where a run is resumed, load it."""
+        """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
         self.parts, args = parts, self.args
         if args.resume:
             read(self.folder / "checkpoint.pt", self.load)
@@ -848,12 +848,12 @@ class Run:
             check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
         else:
             self.folder.mkdir(parents=True)
-            write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         now = self.count[CLOCK]
         self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
-        self.save()  # after SummaryWriter, which would make a deleted folder again
+        self.save()  # after SummaryWriter, which would recreate a deleted folder
         Run.latest = self
-        hidden = args.no_progress or None  # None: hidden where stderr is no terminal
+        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
         self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
 
@@ -867,7 +867,7 @@ class Run:
 
     def load(self, path):
         state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since it began")
+        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Adam):
@@ -882,7 +882,7 @@ class Run:
         return self.count[CLOCK] >= getattr(self.args, BUDGET)
 
     def record(self, scalars, policy):
-        """End an iteration: log it, evaluate and save where due. Raises Failed at a NaN loss."""
+        """End an iteration: log it, evaluate and save when due. Raises Failed on a NaN loss."""
         now, every = self.count[CLOCK], self.args.eval_every
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
@@ -911,7 +911,7 @@ class Run:
         return statistics(self.played)
 
     def finish(self, policy, diagnosis=""):
-        """Evaluate on fresh seeds; write policy.pt, summary.json, the picture; print the result."""
+        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
         args, folder, env_id = self.args, self.folder, self.args.env_id
         self.bar.close()
         self.log.close()
@@ -949,7 +949,7 @@ class Run:
         return summary
 
     def judge(self, learner):
-        """The first evaluation from which on all are good, the final one too, and a sentence."""
+        """The first evaluation from which on all are good, final one included, and a verdict."""
         good, points = TASKS[self.args.env_id], [*self.curve, learner]
         failures = [i for i, point in enumerate(points) if point[METRIC] < good]
         stable = self.curve[failures[-1] + 1 if failures else 0 :]
@@ -989,7 +989,7 @@ def draw(summary, path):
 
 
 def show(policy, args, folder):
-    """Three episodes as MP4 files, or in a window, or both. Raises Failed where that cannot be."""
+    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
     for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
         try:
             env = gym.make(args.env_id, render_mode=mode)
@@ -1037,7 +1037,7 @@ def main(argv=None):
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "as before"
+        command = "the same command as before"
         if Run.latest:
             command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
         print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)

@@ -12,7 +12,7 @@ module registers the environment; `gymnasium.make("racecar_env:RaceCar-v0")` doe
 
 reset(seed=s) determines the whole episode: (s, the actions since) is a snapshot that replays to
 the last bit, in any process, after any history. A reset without a seed draws one and keeps it in
-`np_random_seed`; the later resets of that chain follow from it as well.
+`np_random_seed`; later resets without a seed follow from it as well.
 
 An expert comes with it, a waypoint controller that needs no training (about 285 steps a lap):
 
@@ -49,7 +49,7 @@ from gymnasium.vector.utils import batch_space
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Silence file descriptor 2: pybullet greets there, where errors should stand alone."""
+    """Silence file descriptor 2: pybullet prints a greeting there, where only errors belong."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)
@@ -88,10 +88,11 @@ OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.fl
 
 
 class PhysicsClient:
-    """pybullet, with the id of one client of its own in every call: client.stepSimulation().
+    """pybullet with its own client's id in every call, as in client.stepSimulation().
 
-    One without a window is given back once, by disconnect() or when nothing refers to this any
-    more. A window its user may have closed, and its number may be another's by then."""
+    A client without a window is released once, by disconnect() or when nothing refers to this
+    object any more. Not so one with a window: its user may have closed it, and by then its id may
+    belong to another client."""
 
     def __init__(self, mode: int) -> None:
         self.id = pybullet.connect(mode)
@@ -100,7 +101,7 @@ class PhysicsClient:
 
     def __getattr__(self, name: str) -> Callable:
         function = functools.partial(getattr(pybullet, name), physicsClientId=self.id)
-        setattr(self, name, function)  # found at once from now on
+        setattr(self, name, function)  # from now on found without this method
         return function
 
 
@@ -109,8 +110,8 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     start_noise: half width of the uniform noise on the start's x, y (metres) and yaw (radians).
     coin_reward: paid once for each coin that the car comes within 0.5 m of; 0: there are no coins.
-    max_steps: the episode is truncated after so many steps.
-    Raises ValueError where one of them, or render_mode, is out of range.
+    max_steps: the episode is truncated after this many steps.
+    Raises ValueError if one of them, or render_mode, is out of range.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
@@ -147,7 +148,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if self.render_mode != "human":
             return PhysicsClient(pybullet.DIRECT)
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            raise RuntimeError("render_mode human needs a display, and DISPLAY names none")
+            raise RuntimeError("render_mode human needs a display, but DISPLAY is not set")
         physics = PhysicsClient(pybullet.GUI)
         physics.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         physics.configureDebugVisualizer(pybullet.COV_ENABLE_KEYBOARD_SHORTCUTS, 0)
@@ -181,7 +182,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         physics.changeDynamics(self.walls, -1, lateralFriction=1.0, restitution=0.7)
 
-        self._coins: dict[int, tuple[float, float]] = {}  # bodies to be seen, not touched
+        self._coins: dict[int, tuple[float, float]] = {}  # visible, without collision shape
         if self.coin_reward:
             shape = physics.createVisualShape(
                 pybullet.GEOM_CYLINDER, radius=0.2, length=0.05, rgbaColor=(1, 0.8, 0, 1)
@@ -197,7 +198,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Put the car at the start, at rest. options are not used.
 
-        Every episode has a seed of its own, here drawn from the episode before where none is given.
+        Every episode has a seed of its own; if none is given, it follows from the previous seed.
         """
         physics = self._open_client()
         super().reset(seed=self.np_random.bit_generator.random_raw() if seed is None else seed)
@@ -238,7 +239,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.steps += 1
         observation = self._observe(physics)
 
-        # Of the pose just reached; getContactPoints would tell of the pose before this step.
+        # For the pose just reached; getContactPoints would answer for the pose before this step.
         at_wall = bool(physics.getClosestPoints(self.car, self.walls, 0.0))
         at_finish = not at_wall and math.dist(self._position[:2], FINISH) <= FINISH_RADIUS
         reward = WALL_REWARD * at_wall + FINISH_REWARD * at_finish + self._collect_coins(physics)
@@ -275,7 +276,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return picture[:, :, :3].copy()
 
     def close(self) -> None:
-        """Give the physics client back. A second call does nothing."""
+        """Release the physics client. A second call does nothing."""
         if self.physics is not None:
             with contextlib.suppress(pybullet.error):  # its window may have been closed already
                 self.physics.disconnect()
@@ -319,7 +320,7 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
     try:
         steering, throttle = np.asarray(action).tolist()
         valid = math.isfinite(steering) and math.isfinite(throttle)
-    except (TypeError, ValueError, OverflowError):  # no real numbers, or not two of them
+    except (TypeError, ValueError, OverflowError):  # not real numbers, or not two of them
         valid = False
     if not valid:
         raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
@@ -332,11 +333,11 @@ gymnasium.register("RaceCar-v0", entry_point=f"{__name__}:RaceCarEnv")
 class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """num_envs race cars, stepped one after the other; one whose episode is over rests until reset.
 
-    Nothing is reset by itself: reset(options={"reset_mask": (num_envs,) bool}) puts those cars back
-    at the start and leaves the others where they are. So every step is a transition of the running
-    cars, and 100 episodes cost no more than their own steps. A resting car's action is ignored, its
-    reward is 0, and it is neither terminated nor truncated once more. settings: as RaceCarEnv has
-    them. An episode's seed is envs.envs[i].np_random_seed.
+    Nothing is reset automatically: reset(options={"reset_mask": (num_envs,) bool}) puts those cars
+    back at the start and leaves the others where they are. So every step is a transition of the
+    running cars, and 100 episodes cost no more than their own steps. A resting car's action is
+    ignored, its reward is 0, and it is not terminated or truncated again. settings: those of
+    RaceCarEnv. An episode's seed is envs.envs[i].np_random_seed.
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}  # noqa: RUF012
@@ -363,7 +364,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """actions: (num_envs, 2). Raises what RaceCarEnv.step does, of the running cars."""
+        """actions: (num_envs, 2). Raises what RaceCarEnv.step does, for running cars only."""
         if not any(env.running for env in self.envs):
             raise gymnasium.error.ResetNeeded("no car is running: call reset()")
         rewards = np.zeros(self.num_envs)
@@ -381,14 +382,14 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
             env.close()
 
 
-# --------------------------------------------------------------------------- those who can drive it
+# ------------------------------------------------------------------- drivers: controller and person
 class WaypointController:
     """The expert: steers by minus gain times the heading error to a waypoint ahead.
 
-    It is a plain function of the observation, without memory, so that it can be asked anywhere.
+    It is a plain function of the observation, without memory, so it can be queried in any state.
     Waypoints lie 1 m apart in the middle of the corridor, the last at the finish. The car aims at
-    the second one after the nearest, and cuts the corners a little: the first would be too near for
-    the slow steering.
+    the second one after the nearest, which cuts the corners a little: the first would be too near
+    for the slow steering.
     """
 
     WAYPOINTS = np.array(
@@ -452,16 +453,16 @@ def record_laps(
     action_noise: float = 0.0,
     seed: int = 0,
 ) -> Iterator[Lap]:
-    """Drive laps, and yield each of them, until so many have reached the finish.
+    """Drive laps, and yield each of them, until num_successes have reached the finish.
 
     action_noise: standard deviation of the Gaussian noise on both components of the action.
 
-    Recorded is the action as EXECUTED, noise and clipping included, not as intended. It is the one
-    that led to the next observation, and (observation, executed action) is a sample of the
-    occupancy measure of one policy, the noisy expert; (observation, intended action) is of none.
-    The noise has mean 0, so cloning still finds the intention.
+    The action is recorded as EXECUTED, noise and clipping included, not as intended. It is the one
+    that led to the next observation, and (observation, executed action) is a sample from the
+    occupancy measure of one policy, the noisy expert; (observation, intended action) is from none.
+    The noise has mean 0, so cloning still recovers the intended action.
     """
-    random = np.random.default_rng((seed, 1))  # apart from the environment's
+    random = np.random.default_rng((seed, 1))  # separate from the environment's
     low, high = env.action_space.low, env.action_space.high
     reset_seed: int | None = seed  # the later laps follow from the first
     while num_successes > 0:
@@ -479,11 +480,11 @@ def record_laps(
 
 
 def demonstrations_of(laps: list[Lap], expert: str, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of a demonstrations file, of the laps that reached the finish: an expert does.
+    """The arrays of a demonstrations file, from laps that reached the finish, as an expert's do.
 
     observations (N, 9) float32, actions (N, 2) float32, rewards (N,) float32, episode_starts (N,)
-    bool, terminated (episodes,) bool, metadata: JSON as a 0-d string. What a person waits before
-    the first throttle of a lap is left out: it would teach the car to park.
+    bool, terminated (episodes,) bool, metadata: JSON as a 0-d string. The time a person waits
+    before the first throttle of a lap is left out: it would teach the car to park.
     """
     kept = []
     for lap in laps:
@@ -525,7 +526,7 @@ def save_demonstrations(path: Path, demonstrations: dict[str, np.ndarray]) -> No
 
 # ------------------------------------------------------------------------------------ command line
 class OneLineParser(argparse.ArgumentParser):
-    """Without the usage before an error."""
+    """Prints errors without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -538,7 +539,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[OneLineParser, argpars
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--record-demos", type=Path, metavar="FILE.npz", help="write the laps to it")
+    add("--record-demos", type=Path, metavar="FILE.npz", help="write the laps to this file")
     add("--video", type=Path, metavar="FILE.mp4", help="film one lap of the controller")
     add("--render", action="store_true", help="show the laps in a window")
     add("--drive", action="store_true", help="drive them yourself, with the window's arrow keys")
@@ -582,7 +583,7 @@ def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
 
 
 def drive_laps(args: argparse.Namespace) -> list[Lap]:
-    """Laps of the controller, or of a person, who ends by Ctrl-C or by closing the window."""
+    """Laps by the controller, or by a person, who stops with Ctrl-C or by closing the window."""
     env = gymnasium.make("RaceCar-v0", render_mode="human" if args.render or args.drive else None)
     controller = WaypointController(args.throttle)
 

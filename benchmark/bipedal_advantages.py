@@ -1,12 +1,12 @@
-"""What A* = Q* - V* is worth: held against real transitions that its critics have not seen.
+"""How good A* = Q* - V* is, measured on real transitions that its critics have not seen.
 
     python benchmark/bipedal_advantages.py > benchmark/results/bipedal_advantages.json
 
-Perturbed roll-ins of the expert, one half to fit critics on. On the perturbed steps of the other
-half r + gamma V*(s') - V*(s) estimates A* of the action without bias, if V* is right (here from
-critics fitted to that other half). A critic's own A* should correlate with it; and the slope of the
+Critics are fitted to one half of a set of perturbed expert roll-ins. On the perturbed steps of the
+other half, r + gamma V*(s') - V*(s) is an unbiased estimate of A* if V* is right (here from critics
+fitted to that other half). A critic's own A* should correlate with it, and the slope of the
 estimate against a critic's A* should be 1: at 0.2 that critic promises five times what is there.
-`value` is the correlation of Q* with the discounted cost-to-go, on the expert's steps.
+`value_correlation` is that of Q* with the discounted cost-to-go, on the expert's steps.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import aggrevated_bipedal as script
 def fit(transitions, args, updates, pace=0.05):
     """Critics after each of these numbers of updates: yields (updates, critics, seconds).
 
-    `pace` is the share by which the target follows in an update; the script's is 0.05."""
+    `pace` is the share of the way that the target moves per update; the script's is 0.05."""
     sizes = (28, args.critic_hidden, args.critic_hidden, 1)
     critics = script.Critics(script.relu_mlp(*sizes) for _ in range(args.critics))
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(1 - pace))
@@ -47,7 +47,7 @@ def one_step(critics, batch, gamma):
 
 
 def level(critics, batch, args):
-    """Mean of Q* by the mean of the cost-to-go, on the expert's steps where that is above 0."""
+    """Mean of Q* divided by the mean cost-to-go, on the expert's steps where that is above 0."""
     known, returns = script.cost_to_go(batch, args.gamma)
     known &= returns > 0
     values = critics(batch["observations"], batch["actions"]).mean(0)
@@ -71,7 +71,7 @@ def compare(critics, batch, held_out, estimate, args):
 
 
 def tabulate(row):
-    """A line as docs/aggrevated_bipedal.md has it."""
+    """A row of the table in docs/aggrevated_bipedal.md."""
     return {
         "critics": row["critics"],
         "their target follows by": f"{row['pace']:.0%}" if "pace" in row else "",

@@ -1,11 +1,11 @@
 """How far the cost-to-go of BipedalWalker's expert moves when one of its actions is pushed.
 
-    python benchmark/bipedal_chaos.py > benchmark/results/bipedal_chaos.json        (some minutes)
+    python benchmark/bipedal_chaos.py > benchmark/results/bipedal_chaos.json        (a few minutes)
 
-The same start and the same actions, in new environments; then one action of the expert, pushed by
-Gaussian noise of some size; then the expert's actions for 350 steps. What differs at the end of a
-push of a millionth is no effect of the push: it is the least that any estimate of A* from single
-trajectories is blurred by.
+Repeat the same start and the same actions in new environments; then take one action of the expert,
+pushed by Gaussian noise of some size; then follow the expert for 350 steps. The difference after a
+push of a millionth is not an effect of the push: it is the least noise that any estimate of A* from
+single trajectories has.
 """
 
 import argparse

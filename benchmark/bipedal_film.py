@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from aggrevated_bipedal import Policy  # noqa: E402
 
 COLOURS = 32  # few keep the file small
-FILMS = {  # the file, every how many steps there is a frame, and how many at most
+FILMS = {  # the file, the steps per frame, and the largest number of frames
     "BipedalWalker-v3": ("bipedal_walk", 4, 120),
     "BipedalWalkerHardcore-v3": ("bipedal_hardcore", 6, 240),
 }

@@ -1,15 +1,16 @@
-"""Which estimate of AggreVaTeD's policy gradient is any good: held against real cost-to-go.
+"""Which estimate of AggreVaTeD's policy gradient is any good, compared with the real cost-to-go.
 
     python benchmark/bipedal_gradients.py > benchmark/results/bipedal_gradients.json
 
-A learner, cloned from the expert, walks some steps, acts once as its Gaussian says, and the expert
-goes on: what that action leads to is then known, for 280 steps at most. From such actions on fixed
-states each estimator has its gradient. `own` is the cosine of its gradients from two halves of the
-states: 1 without noise. The other columns hold it against the score function with the real rewards
-of the next 10, 50 and 280 steps, after which the V* of other critics stands in, fitted to other
-trajectories. They have the cosine with that gradient from the other half of the states, divided by
-the root of both `own`, which is what noise alone leaves of it: about 1 where there is no bias,
-unknown where the real rewards' own halves do not agree.
+A learner, cloned from the expert, walks some steps and samples one action from its Gaussian; then
+the expert takes over. So the outcome of that action is known, for up to 280 steps. From such
+actions in fixed states each estimator computes a gradient. `own` is the cosine between its
+gradients from two halves of the states: 1 without noise. The other columns compare it with the
+score function on the real rewards of the next 10, 50 and 280 steps, after which V* stands in, from
+other critics fitted to other trajectories. They are the cosine with that gradient from the other
+half of the states, divided by the square root of the product of both `own`, which is what noise
+alone leaves of it: about 1 without bias, and unknown if the halves of the real rewards' gradient do
+not agree.
 """
 
 import argparse
@@ -28,14 +29,14 @@ import aggrevated_bipedal as script
 
 LEARNER_STEPS, CYCLE = 20, 300  # after the learner's steps the expert walks the rest of a cycle
 HORIZONS = (10, 50, CYCLE - LEARNER_STEPS)  # steps whose real rewards count
-FRESH = 16  # actions of the learner a state, where Q* is asked and not the world
+FRESH = 16  # learner's actions per state, where Q* is asked instead of the environment
 
 
 @torch.no_grad()
 def pushed_steps(policy, expert, judge, walkers, args):
-    """One action of the learner a cycle, and what followed: a dict of (pushes, ...).
+    """One action of the learner per cycle, and what followed: a dict of (pushes, ...).
 
-    `judge` are the critics whose V* stands in for what is not walked."""
+    `judge`: the critics whose V* stands in for the steps that are not walked."""
     observations, _ = walkers.reset(seed=int(torch.randint(500_000, ())))
     pushes, step = [], 0
     while not walkers.over.all():
@@ -64,7 +65,7 @@ def pushed_steps(policy, expert, judge, walkers, args):
             walked = phase == LEARNER_STEPS + horizon - 1
             if walked or (over and f"gain {horizon}" not in push):
                 value = judge(following, expert.greedy(following)).mean(0)
-                known = total + discount * ~ever_fell * value  # V* of who has not fallen
+                known = total + discount * ~ever_fell * value  # V* only if it has not fallen
                 push[f"gain {horizon}"] = known - value_before
         if phase == CYCLE - 1 or over:
             pushes.append({k: v[pushed] for k, v in push.items()})

@@ -2,9 +2,9 @@
 
     python benchmark/bipedal_unseen.py RUN_FOLDER > benchmark/results/bipedal_unseen.json
 
-Of the trajectories that a finished run learnt from, a tenth is held out. Policies are fitted anew
-to the expert's actions on an eighth of the others, a quarter, a half and all, each by the same
-number of updates: but for chance they differ by nothing but what they have seen.
+Of the trajectories that a finished run learnt from, a tenth is held out. New policies are fitted to
+the expert's actions on an eighth, a quarter, a half and all of the others, each with the same
+number of updates: chance apart, they differ only in what they have seen.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def clone(observations, expert_actions, args):
 
 
 def tabulate(rows):
-    """A line as docs/aggrevated_bipedal.md has it, of the splits with as many trajectories."""
+    """A row of the table in docs/aggrevated_bipedal.md, over splits of the same size."""
 
     def column(name, form):
         values = [row[name] for row in rows]

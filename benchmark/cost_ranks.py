@@ -3,11 +3,11 @@
     python benchmark/run.py gail_cartpole gail_cartpole_ablations gail_cartpole_controls
     python benchmark/cost_ranks.py
 
-The discriminators are those that `gail_cartpole` ends with, and those that have half of their
-negative pairs from earlier rollouts. The policies are clones of thirty pairs after more and more
-updates, those of the constant-reward control, and a random one; each plays 20 episodes. What the
-reward -log(1 - D) says of them, summed over an episode or a step's mean, is held against their
-return and against their distance to the expert's occupancy, by rank correlation.
+The discriminators are the final ones of `gail_cartpole`, and ones that get half of their negative
+pairs from earlier rollouts. The policies are clones of thirty pairs after more and more updates,
+those of the constant-reward control, and a random one; each plays 20 episodes. Their learnt reward
+-log(1 - D), summed over an episode or averaged over steps, is compared by rank correlation with
+their return and with their closeness to the expert's occupancy.
 """
 
 import json

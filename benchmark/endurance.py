@@ -1,10 +1,10 @@
-"""Train for a million environment steps, and see that memory, files and speed stay what they were.
+"""Train for a million environment steps, and check that memory, files and speed stay the same.
 
     python benchmark/endurance.py gail_cartpole.py --total-steps 1000000 --eval-every 100000
     python benchmark/endurance.py gail_racecar_ppo.py --total-steps 1000000 --eval-every 100000
 
 Flags are the script's own. After each iteration the resident memory, the open files and, for the
-race car, the physics clients of the process are counted. A line of the result is one run.
+race car, the physics clients of the process are counted. Each row of the result is one run.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def watch(script, samples):
 
 
 def measure(samples):
-    """What the samples say of all but the first tenth, where things are still being made."""
+    """The row of a run; memory, files and clients leave out the first tenth, as warm-up."""
     samples = np.array(samples)
     steps, seconds, memory, files, clients = samples.T
     late = steps > 0.1 * steps[-1]

@@ -3,8 +3,8 @@
     python benchmark/run.py gail_cartpole gail_cartpole_ablations
     python benchmark/falling_starts.py
 
-Plays the policies that these runs ended with from 10,000 starts each. A line of the result is an
-experiment's variant, with the share of each seed.
+Plays the final policies of these runs from 10,000 starts each. Each row of the result is an
+experiment's variant, with every seed's share.
 """
 
 import importlib
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def falling(script, folder):
-    """The observations, (falls, 4), that the policy of a run falls from."""
+    """The first observations from which a run's policy falls: (falls, 4)."""
     saved = torch.load(folder / "policy.pt", weights_only=True)
     policy = script.Policy(**saved["network"])
     policy.load_state_dict(saved["weights"])

@@ -3,8 +3,8 @@
     python benchmark/run.py gail_cartpole_rewards gail_cartpole_little
     python benchmark/least_log_d.py
 
-The discriminators that runs with log D and absorbing states end with, on 20 episodes of a random
-policy: most of these pairs no D has trouble with, and so its logit is free to grow.
+The final discriminators of runs with log D and absorbing states, on 20 episodes of a random policy:
+most of these pairs are easy for any D, so its logit is free to grow.
 """
 
 import json

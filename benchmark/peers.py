@@ -6,8 +6,8 @@
 For each seed the script runs first and the library directly after it, one process at a time with
 one thread. Both learn from the pairs that the script draws for that seed; both are evaluated over
 100 greedy episodes, and no evaluation is counted in the seconds. GAIL by REINFORCE has no
-counterpart there, and stands beside the library's GAIL. The results go into
-benchmark/results/peers_*.json, with the versions and the lines of what is imported for GAIL.
+counterpart there and is compared with the library's GAIL. The results go into
+benchmark/results/peers_*.json, with the versions and the line count of all that GAIL imports.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def theirs(python, algorithm, flags, seed, out):
 
 
 def lines(python):
-    """What has to be opened to read all of GAIL: here, and in the library without what it uses."""
+    """The files and lines that make up GAIL: here, and in the library without its dependencies."""
     found = subprocess.run([python, "-c", LOADED], check=True, capture_output=True, text=True)
     text = (ROOT / "gail_cartpole.py").read_text()
     algorithm = text[: text.index("# The harness: ")].count("\n") - 1

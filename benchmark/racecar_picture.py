@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import racecar_env  # noqa: E402
 
 EPISODES, SEED = 20, 200_000_000  # apart from training's and the scripts' evaluation
-EVERY, COLOURS = 4, 64  # frames of the film, colours of its palette
+EVERY, COLOURS = 4, 64  # steps per frame of the film, colours in its palette
 
 
 def draw_track(axes):
@@ -66,7 +66,7 @@ def film(policy, path):
         observation, _, terminated, truncated, info = env.step(policy.act(observation[None])[0])
         over = terminated or truncated
     env.close()
-    step = EVERY * 1000 // racecar_env.CONTROL_RATE  # milliseconds, as fast as it is
+    step = EVERY * 1000 // racecar_env.CONTROL_RATE  # milliseconds, for real time
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=step, loop=0)
     return info["is_success"], len(frames)
 

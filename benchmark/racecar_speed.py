@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --leak 1000         (a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --expert 200        (two minutes)
 
-Random actions with resets, on one core except `async_steps_per_second`. The best of several
-repetitions, and the median beside it: other work on the machine can only slow them down.
+Random actions with resets, on one core except `async_steps_per_second`. It reports the best of
+several repetitions and the median: other work on the machine can only slow them down.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def single_environment(count: int = 200) -> dict:
 
 
 def vector_steps_per_second(vector_class: type[VectorEnv], num_envs: int, count: int = 60) -> dict:
-    # On the same step: otherwise the reset steps, which need no physics, would be counted as well.
+    # Reset on the same step: otherwise reset steps, which need no physics, would count as well.
     envs = vector_class([RaceCarEnv] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     envs.reset(seed=0)
     seconds = []
@@ -103,7 +103,7 @@ def frame_milliseconds() -> float:
 
 
 def leak(count: int) -> dict:
-    """Open, drive, and close so many environments one after the other."""
+    """Open, drive and close `count` environments, one after the other."""
     page = os.sysconf("SC_PAGE_SIZE")
     resident, client_ids = [], set()
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -132,7 +132,7 @@ def leak(count: int) -> dict:
 
 
 def expert(count: int) -> list[dict]:
-    """So many laps from perturbed starts for each throttle and action noise."""
+    """Drive `count` laps from perturbed starts for each throttle and action noise."""
     rows = []
     for throttle, noise in ((0.3, 0.1), (0.5, 0.0), (0.5, 0.1), (0.5, 0.2), (0.7, 0.0), (0.7, 0.1)):
         env = RaceCarEnv()

@@ -5,8 +5,8 @@
 
 A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
 between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run;
-NAME+NAME stand side by side. peers_*.json hold rows instead of runs: other libraries on the same
-demonstrations; a file with a `table` has its lines already.
+NAME+NAME puts them side by side. peers_*.json hold rows instead of runs: other libraries on the
+same demonstrations; a file with a `table` already has its rows.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def groups(rows, *names):
 
 
 def clock(run):
-    """What a run counts in."""
+    """The unit in which a run's progress is counted."""
     return "env_steps" if run["env_steps"] else "updates"
 
 
@@ -168,14 +168,14 @@ def side_by_side(names, folder):
 
 
 def table(name, folder):
-    """The Markdown of an experiment's table, and below it what made it."""
+    """The Markdown of an experiment's table, and below it the command that made it."""
     if "+" in name:
         return side_by_side(name.split("+"), os.path.dirname(folder))
     result = load(name)
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()
         lines = [peer_line(rows) for rows in parts]
-    elif "table" in result:  # made as it is to be read
+    elif "table" in result:  # already in its final form
         lines = [{key: str(value) for key, value in row.items()} for row in result["table"]]
     else:
         lines = [variant_line(runs) for runs in groups(result["runs"], "variant").values()]
@@ -217,7 +217,7 @@ def draw_curves(axes, runs):
 
 
 def draw_sweep(axes, variants):
-    """The last return against the number of demonstrations, a point a seed."""
+    """The final return against the number of demonstrations, one point per seed."""
     key, _, _ = metric(variants[0])
     returns = [np.array([run["learner"][key] for run in runs]) for runs in variants]
     for x, y in enumerate(returns):
@@ -256,7 +256,7 @@ def draw(name):
 
 
 def main():
-    """Returns the exit status: with --check 1 where a page differs."""
+    """Return the exit status: with --check, 1 if a page differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     check = parser.parse_args().check

@@ -1,4 +1,4 @@
-"""Run an experiment of experiments.toml for all of its seeds, one process a core.
+"""Run an experiment of experiments.toml for all of its seeds, one process per core.
 
     python benchmark/run.py gail_cartpole                 all seeds, all variants
     python benchmark/run.py bc_cartpole --jobs 1          one at a time, for timings
@@ -9,9 +9,10 @@ into benchmark/results/NAME.json, with the command that made it. Finished runs a
 a run that was cut off goes on from its checkpoint when the same command is given again.
 
 On a Ray cluster (pip install -r benchmark/requirements-ray.txt) every run is a task of one core.
-Ray takes the project's files to the machines, which need Python and requirements.txt, and repeats
-what was on a machine that is lost. Where --out is a folder that all of them share, a repeated run
-goes on from its checkpoint; otherwise it begins again, and the run folders stay where they were.
+Ray copies the project's files to the machines, which need Python and requirements.txt, and repeats
+what was running on a machine that is lost. If --out is a folder that all of them share, a repeated
+run goes on from its checkpoint; otherwise it begins again, and the run folders stay on the machines
+that made them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-TRIES = 3  # of a run that dies, each from its last checkpoint
+TRIES = 3  # if a run dies, each from its last checkpoint
 NOT_KEPT = ("out", "run_name", "resume")  # of a run's settings
 NOT_SENT = [".git", ".venv*", "runs", "docs", "benchmark/results", "**/__pycache__"]  # to Ray
 
@@ -50,7 +51,7 @@ def expand(name, experiment):
 
 
 def prepare(experiment, root=ROOT):
-    """Where an experiment's script is another one's with a patch, make it below `root`."""
+    """If an experiment's script is made by patching another one, make it below `root`."""
     if "patch" in experiment:
         made = root / experiment["script"]
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def prepare(experiment, root=ROOT):
 
 
 def execute(run, out, root):
-    """Run one, or go on with it, or read what it left; returns its summary."""
+    """Start or resume a run, unless it is finished already; returns its summary."""
     folder = out / run["run_name"]
     summary, died = folder / "summary.json", ""
     for _ in range(TRIES):
@@ -87,7 +88,7 @@ def local(runs, out, jobs):
 
 
 def on_ray(runs, out):
-    """The same from the cluster that RAY_ADDRESS names, or from one begun on this machine."""
+    """The same from the Ray cluster at RAY_ADDRESS, or from one started on this machine."""
     import ray
 
     sent = {"working_dir": str(ROOT), "excludes": NOT_SENT}
@@ -124,7 +125,7 @@ def tabulate(run, summary):
 
 
 def differences(command, args, root=ROOT):
-    """The settings in which `args`, those of a run, are not what this command line asks for."""
+    """The settings in which a run's `args` differ from what this command line asks for."""
     first = next(i for i, word in enumerate(command) if word.startswith("-"))
     path = root / command[first - 1]
     sys.path[:0] = {str(root), str(path.parent)} - set(sys.path)
@@ -134,7 +135,7 @@ def differences(command, args, root=ROOT):
     )
     known = {name: args.get(name, default[name]) for name in asked if name not in NOT_KEPT}
     changed = [k for k, value in known.items() if asked[k] is not None and asked[k] != value]
-    return changed + sorted(args.keys() - asked.keys())  # those that the script had once
+    return changed + sorted(args.keys() - asked.keys())  # those that the script no longer has
 
 
 def main():

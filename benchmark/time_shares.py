@@ -1,14 +1,15 @@
-"""Where a run's time goes, and how far it is from what it cannot do without.
+"""Where a run's time goes, and how far it is from the least it could be.
 
     python benchmark/time_shares.py                          every script
     python benchmark/time_shares.py gail_cartpole.py
 
-Each runs through its own command line, with functions of its module timed from outside: the
-environment's steps in rollouts, the rest of the rollouts (the policy), the updates (the learner),
-and what is left (bookkeeping). Evaluation is apart, and so is AggreVaTeD's validation. The limit is
-the environment stepped alone, with random actions, as many times, and the last call of each update,
-repeated alone, as often. Where no environment is stepped, steps are updates, the learner is the
-networks, losses and gradient steps, and the limit is what these took within the run.
+Each script is run through its own command line, with functions of its module timed from outside:
+the environment's steps in rollouts, the rest of the rollouts (the policy), the updates (the
+learner), and what is left (bookkeeping). Evaluation is not counted, nor is AggreVaTeD's validation.
+The limit is the time of as many environment steps alone, with random actions, and of the last call
+of each update alone, repeated as often as in the run. If no environment is stepped, steps are
+updates, the learner is the networks, losses and gradient steps, and the limit is what these took
+within the run.
 """
 
 import importlib
@@ -66,7 +67,7 @@ def run(script, path, folder):
 
 
 def measure_gradients(path, folder):
-    """The line of a script that steps no environment."""
+    """The row of a script that steps no environment."""
     script, clock = importlib.import_module(Path(path).stem), Clock()
     for name in GRADIENTS[path]:
         setattr(script, name, clock.timed(name, getattr(script, name)))
@@ -147,7 +148,7 @@ def measure(path, folder):
     limit = environment_alone(make_envs, args, summary["env_steps"]) + sum(alone.values())
     wall, of = summary["wall_seconds"], clock.seconds
     if path == "aggrevated_bipedal.py":
-        wall -= of["validation"]  # of the only time, at the end
+        wall -= of["validation"]  # there is only one, at the end
     parts = {
         "environment": of["environment"],
         "policy": of["rollout"] - of["environment"],

@@ -21,7 +21,7 @@ def as_it_is(script):
 
 
 def places_by_15(script):
-    """The first attempts' scale of x and y: divided by 15, the track's. D's units stay 0.2 m."""
+    """The first attempts' scale: x and y divided by 15, the track's size. D's units stay 0.2 m."""
     script.METRE = 1 / 15
     script.UNITS = [0.2 / 15, 0.2 / 15, *script.UNITS[2:]]
 
@@ -37,7 +37,7 @@ def no_critic(script):
 
 
 def one_absorbing_state(script):
-    """DAC's: the same after every end, at the finish and at a wall."""
+    """As in DAC: one absorbing state after every end, at the finish and at a wall."""
     absorbing_pairs = script.absorbing_pairs
     script.absorbing_pairs = lambda finished: absorbing_pairs(torch.ones_like(finished))
 
@@ -48,17 +48,17 @@ def constant_std(script):
 
 
 def coarse_units(script):
-    """D sees differences five times as large as one unit."""
+    """D's units are five times as large, so that it sees differences less finely."""
     script.UNITS = [5 * unit for unit in script.UNITS]
 
 
 def biases_near_0(script):
-    """Networks as PyTorch makes them: no unit of a first layer is moved to where the data are."""
+    """PyTorch's own initialisation: no unit of a first layer is moved to where the data are."""
     script.spread = lambda layer, inputs: None
 
 
 def larger_final_lr(script):
-    """The step sizes end at 5 % of the first ones."""
+    """The step sizes end at 5 % of their initial values."""
     script.FINAL_LR = 0.05
 
 
@@ -68,7 +68,7 @@ def no_advantage(script):
 
 
 def score_function(script):
-    """AggreVaTeD's gradient as the paper has it: of log pi, with A* of eight fresh actions."""
+    """AggreVaTeD's gradient as in the paper: of log pi, weighted by A* of eight fresh actions."""
 
     def loss(policy, critics, observations, expert_actions, weight, caution, anchor):
         gaussian = policy(observations).base_dist
@@ -79,7 +79,7 @@ def score_function(script):
             advantages = script.cautious_advantages(critics, *flat, caution).view(8, -1)
         scores = gaussian.log_prob(samples).sum(-1) * (advantages - advantages.mean(0))
         distances = (policy.greedy(observations) - expert_actions).square().sum(-1)
-        return anchor * distances.mean() - weight * scores.mean() * 8 / 7  # the mean has each in it
+        return anchor * distances.mean() - weight * scores.mean() * 8 / 7  # the mean includes each
 
     script.aggrevated_loss = loss
 
@@ -105,7 +105,7 @@ def natural_gradient(script):
 
 
 def natural_step(policy, observations, loss, kl=1e-4, damping=1e-3, iterations=10):
-    """Step down F^-1 g, so far at most that the Gaussian moves by `kl` nats."""
+    """Step along -F^-1 g, at most so far that the Gaussian moves by `kl` nats."""
     parameters = list(policy.parameters())
 
     def flat_gradient(value, **kwargs):
@@ -153,7 +153,7 @@ def min_max_weights(script):
 
 
 def executed_actions(script):
-    """The weight of the authors' code: log pi of the actions taken, by r + gamma V*(s') - V*(s)."""
+    """As in the authors' code: log pi of the actions taken, times r + gamma V*(s') - V*(s)."""
 
     def improve(policy, critics, optimizer, transitions, weight, args):
         columns = transitions.columns
@@ -196,7 +196,7 @@ def plain_discriminator(script):
 
 
 def plain_gradient(script):
-    """Offline GAIL's policy gradient as it is, with each action's probability as a factor."""
+    """Offline GAIL with the plain policy gradient: each action's probability is a factor."""
 
     def loss(log_probs, rewards):
         return -(log_probs.exp() * rewards).sum(-1).mean()
@@ -216,7 +216,7 @@ def states_only(script):
 
 
 def next_states(script):
-    """D sees CartPole's state and the next one, in place of the action: what a film shows."""
+    """D sees CartPole's state and the next one, not the action, as a film would show them."""
 
     def transitions(observations, actions):
         following = cartpole_step(observations, actions)
@@ -233,7 +233,7 @@ def next_states(script):
 
 
 def cartpole_step(observations, actions):
-    """Where Gymnasium's CartPole goes: (..., 4), (...) -> (..., 4)."""
+    """The next state of Gymnasium's CartPole: (..., 4), (...) -> (..., 4)."""
     x, speed, angle, turn = observations.unbind(-1)
     force = 10.0 * (2 * actions - 1)
     pull = (force + 0.05 * turn**2 * angle.sin()) / 1.1
@@ -250,9 +250,9 @@ def last_policy(script):
 
 
 def memory(script):
-    """Half of the pairs that D refuses are of earlier rollouts, 64 of each.
+    """Half of D's negative pairs are from earlier rollouts, 64 of each.
 
-    It is not in the checkpoint: a run that is resumed begins a new one."""
+    The memory is not in the checkpoint: a resumed run begins a new one."""
     update_discriminator, remembered = script.update_discriminator, []
 
     def update(discriminator, optimizer, expert_pairs, policy_pairs, args):

@@ -1,17 +1,18 @@
-"""Train an expert for BipedalWalker with TQC of sbx-rl, stable-baselines3's implementations in JAX.
+"""Train an expert for BipedalWalker with TQC from sbx-rl, which is stable-baselines3 in JAX.
 
     uv run experts/train_bipedal.py --until 318 --episodes 50 --average 0.98 --out runs/good
     uv run experts/train_bipedal.py --until 318 --every 2500 --episodes 10 --out runs/weak
     uv run experts/train_bipedal.py --pick 260 285 --out runs/weak
     uv run experts/train_bipedal.py --score experts/BipedalWalker-v3_good.zip
 
-The first needs some ten minutes on one core and gives the good expert, its last file; the second is
-the same run with more of its policies kept and none averaged, of which the third names the weak
-one, before any learner has seen it; the fourth is the score that is quoted. Every `--every` steps
+The first takes about ten minutes on one core, and its last file is the good expert. The second is
+the same run with more policies kept and none averaged; from these the third picks the weak expert,
+before any learner has seen it. The fourth prints the score that is quoted. Every `--every` steps
 the greedy policy is evaluated, and its weights go into STEPS.zip: policy.pth, with the names that
-stable-baselines3 gives to a SAC (the mean over a linear layer is one, so that a critic's quantiles
-become its value), and a file `data` in JSON that tells where they come from. The command for the
-hardcore course, an hour on one core, is in its file. curve.json has the curve.
+stable-baselines3 gives to those of a SAC (a linear layer's mean output is a linear layer too, so a
+critic's quantiles become its value), and a JSON file `data` that says where they come from. The
+command for the hardcore course, an hour on one core, is in that expert's file. curve.json has the
+curve.
 """
 
 # /// script
@@ -179,17 +180,17 @@ def main():
     flag("--total-steps", type=int, default=400_000, help="environment steps")
     flag("--until", type=float, default=1e9, help="stop at this mean return")
     flag("--every", type=int, default=10_000, help="environment steps between evaluations")
-    flag("--episodes", type=int, default=20, help="of an evaluation")
+    flag("--episodes", type=int, default=20, help="per evaluation")
     flag("--num-envs", type=int, default=8)
     flag("--train-freq", type=int, default=4, help="steps of each environment before an update")
-    flag("--gradient-steps", type=int, default=32, help="in an update")
+    flag("--gradient-steps", type=int, default=32, help="per update")
     flag("--hidden", type=int, default=128, help="width of the two hidden layers")
     flag("--batch-size", type=int, default=128)
     flag("--gamma", type=float, default=0.98)
     flag("--lr", type=float, default=5e-4)
     flag("--decay", action="store_true", help="let the step size fall linearly to a tenth")
-    flag("--average", type=float, default=0.0, help="share of its average an actor keeps an update")
-    flag("--fall-penalty", type=float, default=100.0, help="less than 100: a fall costs that")
+    flag("--average", type=float, default=0.0, help="share the actor's average keeps per update")
+    flag("--fall-penalty", type=float, default=100.0, help="if less than 100, a fall costs this")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, default=Path("experts/runs/v3"), help="a folder that does not exist")
     flag("--score", type=Path, help="evaluate this file on fresh seeds and stop")

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the parameters that `applies` says no of: a skip means that more could run.
+    """Deselect the parameters that `applies` rejects: a skip means that more could be run.
 
     A test that would have none left keeps them, and fails, unless pybullet is missing."""
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
         (kept if applies(item) else left).append(item)
     used = {item.function for item in (kept if PYBULLET else items)}
     for item in left:
-        item.runtest = lambda: pytest.fail("`applies` says no to every parameter")
+        item.runtest = lambda: pytest.fail("`applies` rejects every parameter")
     items[:] = kept + [item for item in left if item.function not in used]
     config.hook.pytest_deselected(items=[item for item in left if item.function in used])
 
@@ -61,7 +61,7 @@ def watcher(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def short_walks():
-    """Cut the walker's episodes short, which an expert would make a thousand steps long."""
+    """Cut the walker's episodes short: with an expert they would last a thousand steps."""
     spec = gym.registry[TASKS["bipedal"].env_id]
     full, spec.max_episode_steps = spec.max_episode_steps, 40
     yield full
@@ -70,13 +70,13 @@ def short_walks():
 
 @pytest.fixture
 def long_walks(short_walks, monkeypatch):
-    """As long as in a process of its own."""
+    """Episodes of full length, as in a process of its own."""
     monkeypatch.setattr(gym.registry[TASKS["bipedal"].env_id], "max_episode_steps", short_walks)
 
 
 @pytest.fixture(scope="session")
 def finish(tmp_path_factory):
-    """Gives the folder of a case's uninterrupted run; all of these are made at once."""
+    """Gives the folder of a case's uninterrupted run; all of these runs are made up front."""
     folders = {}
     for case in CASES:
         if case.path.exists():
@@ -92,7 +92,7 @@ def finished(case, finish):
 
 @pytest.fixture
 def quick(finish, monkeypatch):
-    """Leave out, where weights alone are compared, what takes longer than a tiny training."""
+    """Skip what takes longer than a tiny training run, for tests that compare only weights."""
     for module in {case.module for case in CASES if case.path.exists()}:
         monkeypatch.setattr(module, "draw", lambda *args: None)
         distances = lambda env_id, held_out, samples: dict.fromkeys(samples, 1.0)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The scripts, and of each a run that is short and still goes through everything."""
+"""The scripts, and for each a run that is short but still goes through everything."""
 
 import importlib.util
 import io
@@ -39,7 +39,7 @@ class Task:
     """What the scripts for one task have in common."""
 
     env_id: str
-    demos: Path | None  # none where the expert is asked
+    demos: Path | None  # None if the expert is queried
     expert_return: float | None
     observation: tuple
     action: tuple

@@ -1,13 +1,13 @@
 """Copy what the scripts have in common from one of them to the others.
 
-    python tests/sync.py gail_cartpole.py     the harness, and every function or class of that name
+    python tests/sync.py gail_cartpole.py     the harness, and same-named functions and classes
     python tests/sync.py                      only say what differs (exit status 1 if anything does)
 
-The harness is all below its banner, and has a second version for the script that asks its expert,
-whose functions and methods are the same but for OWN_HARNESS. Above it, a top-level function or
-class that bears the same name in two scripts must be the same text. Each script has a `train` of
-its own, and what else OWN names; what PER_TASK names need only agree between scripts for the same
-task.
+The harness is everything below its banner. The script that queries its expert has a second version
+of it, whose functions and methods are the same except those in OWN_HARNESS. Above the harness, a
+top-level function or class that has the same name in two scripts must have the same text. Each
+script has its own `train`, and its own version of everything else in OWN; what is in PER_TASK need
+only agree between scripts for the same task.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""AggreVaTeD's mathematics against their definitions, its expert's files, and its walkers."""
+"""AggreVaTeD's mathematics against its definitions, its expert files, and its walkers."""
 
 import base64
 import copy
@@ -42,7 +42,7 @@ def test_log_probability():
 
 
 def test_standardize():
-    """Mean 0 and deviation 1 where the sample varies; a number that does not is only moved."""
+    """Mean 0 and deviation 1 where the sample varies; a constant component is only shifted."""
     sample = torch.randn(1_000, 3) * torch.tensor([4.0, 1e-3, 0.0]) + torch.tensor([7.0, 0.0, 1.0])
     layer = script.Standardize(3)
     assert torch.equal(layer(sample), sample)
@@ -62,7 +62,7 @@ class KnownCritics(nn.Module):
 
 
 def test_gradient_of_the_expected_cost_to_go():
-    """Against finite differences of the expectation, which Gauss-Hermite quadrature knows."""
+    """Against finite differences of the expectation, from Gauss-Hermite quadrature."""
     torch.manual_seed(0)
     policy, state = script.Policy(4, 0.5), torch.randn(1, 24)
     points, mass = np.polynomial.hermite_e.hermegauss(40)
@@ -155,7 +155,7 @@ def test_cost_to_go():
         "fell": torch.tensor([False, False, True, False, False, False, False]),
         "last": torch.tensor([False, False, True, False, False, False, True]),
     }
-    known, returns = script.cost_to_go(batch, 0.0)  # five steps before an end that is no fall
+    known, returns = script.cost_to_go(batch, 0.0)  # 5 steps before an end without a fall: unknown
     assert known.tolist() == [False, True, True, False, False, False, False]
     assert returns.tolist() == rewards.tolist()
     _, returns = script.cost_to_go(batch, 0.5)
@@ -183,7 +183,7 @@ def settings(**changes):
     "flag, falling", [("--anneal", [1, 0.75, 0.5, 0.25]), ("--no-anneal", [1] * 4)]
 )
 def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
-    """Of each iteration anew, so that a longer run begins as a shorter one does."""
+    """It starts anew in each iteration, so that a longer run begins as a shorter one does."""
     seen, descend = [], script.descend
 
     def recorded(optimizer, loss):
@@ -203,7 +203,7 @@ def test_the_step_size_of_an_iteration(flag, falling, monkeypatch):
 
 
 def test_another_expert_on_the_way(tmp_path, capsys):
-    """In the file of the same name, with the same sizes: the run would not be the same."""
+    """In a file of the same name, with the same sizes: resuming would not give the same run."""
     path = falling_expert(tmp_path / "expert.zip")
     CASE.run(tmp_path / "run", "--expert", path, budget=1)
     shutil.copy(ROOT / "experts" / "BipedalWalker-v3_weak.zip", path)
@@ -215,7 +215,7 @@ def test_another_expert_on_the_way(tmp_path, capsys):
 
 @pytest.mark.parametrize("env_id", script.TASKS)
 def test_a_task_has_settings_of_its_own(env_id):
-    """Where a flag is given it counts, and so it does if it says no."""
+    """A flag that is given takes precedence, even if it is 0 or a --no- form."""
     recipe = script.RECIPES[env_id]
     args = vars(script.parse_args(["--env-id", env_id]))
     assert {name: args[name] for name in recipe} == recipe
@@ -227,7 +227,7 @@ def test_a_task_has_settings_of_its_own(env_id):
 
 @pytest.mark.parametrize("flag", ["--standardize", "--no-standardize"])
 def test_what_is_standardized(flag, tmp_path):
-    """By the states of the first iteration, which a checkpoint holds, and critics with actions."""
+    """By the first iteration's states, which a checkpoint holds; the critics by actions too."""
     expert = str(falling_expert(tmp_path / "expert.zip"))
     argv = ["--expert", expert, "--iterations", "1", "--num-envs", "2", flag, "--no-progress"]
     argv += ["--policy-updates", "3", "--critic-updates", "3", "--validation-episodes", "2"]
@@ -488,7 +488,7 @@ def test_an_expert_for_the_other_course(tmp_path, capsys):
 
 
 def test_an_iteration(tmp_path, monkeypatch, quick):
-    """Alpha falls from 1 to 0 in --mixing; A* counts by 1 - alpha; all transitions so far count."""
+    """Alpha falls from 1 to 0 over --mixing; A* has weight 1 - alpha; all transitions are used."""
     seen = {name: [] for name in ("roll_in", "fitted_q_loss", "aggrevated_loss")}
 
     def spy(name, original, *args):
@@ -517,7 +517,7 @@ def test_an_iteration(tmp_path, monkeypatch, quick):
 
 @pytest.mark.parametrize("refit", [True, False])
 def test_whose_critics_judge(refit, tmp_path, monkeypatch, quick):
-    """Without refitting those in the expert's file, as they are there."""
+    """Without refitting, those in the expert's file, unchanged."""
     seen, loss = [], script.aggrevated_loss
     monkeypatch.setattr(
         script, "aggrevated_loss", lambda *args: seen.append(args[1]) or loss(*args)
@@ -536,7 +536,7 @@ def test_whose_critics_judge(refit, tmp_path, monkeypatch, quick):
     ],
 )  # fmt: skip
 def test_the_best_by_validation_is_kept(validated, final, solved, tmp_path, monkeypatch, quick):
-    """Solved is what the fresh episodes say of it, at the first validation that said so too."""
+    """Fresh episodes decide whether it is solved; the first good or best validation tells when."""
     evaluate, policies, left = script.Run.evaluate, [], iter([*validated, final])
 
     def scored(run, policy, *args):
@@ -553,7 +553,7 @@ def test_the_best_by_validation_is_kept(validated, final, solved, tmp_path, monk
 
 
 def test_paired_differences(tmp_path, quick):
-    """Learner less expert, on the same seeds one by one; and the standard error of their mean."""
+    """Learner minus expert, seed by seed, and the standard error of the mean difference."""
     CASE.run(tmp_path / "run", budget=1)
     policy, seed = script.Policy(8, 0.1), script.EVALUATION_SEEDS + 1_000 + 500
     policy.load_state_dict(weights(tmp_path / "run"))

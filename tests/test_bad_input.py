@@ -95,7 +95,7 @@ def good(task):
 
 
 def bad(task):
-    """What is other than in good(task), and a word that the line must hold."""
+    """What differs from good(task), and a word that the error line must contain."""
     arrays = good(task)
     observations, actions, starts = (arrays[k] for k in list(arrays)[:3])
 
@@ -220,7 +220,7 @@ def test_damaged_run_folder(damage, folder, refused):
 
 
 def may_change(script, flag):
-    """Has it this flag, and another value for it?"""
+    """Does the script have this flag, and another value for it?"""
     known = flag.strip("-").replace("-", "_") in vars(script.module.parse_args([]))
     return known and (flag != "--env-id" or len(script.module.TASKS) > 1)
 
@@ -233,7 +233,7 @@ def test_resumed_with_other_settings(script, flag, folder, refused):
 
 
 def rewrite(path, write, **changes):
-    """Change what a .pt file holds, and let `write(path, content)` write it; None takes it away."""
+    """Change what a .pt file holds, and let `write(path, content)` write it; None drops a part."""
     content = {**torch.load(path, weights_only=True), **changes}
     write(path, {name: part for name, part in content.items() if part is not None})
 
@@ -253,7 +253,7 @@ def forge(script, folder):
 
 
 def test_a_changed_checkpoint(folder, refused):
-    """The digest notices what the format would not: one bit in a weight, another NaN, one more."""
+    """The digest notices what the format would not: a byte less or more, a flipped bit."""
     path = folder / "checkpoint.pt"
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -353,7 +353,7 @@ def test_policy_that_holds_objects(part, folder, tmp_path, refused):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_weights_that_are_no_numbers(value, folder, refused):
-    """Nor those that are none once they are as short as the network's."""
+    """Nor those that overflow in the network's single precision."""
     path = folder / "policy.pt"
     weights = torch.load(path, weights_only=True)["weights"]
     for name, weight in weights.items():
@@ -405,7 +405,7 @@ def flags(script, monkeypatch):
 
 
 def test_flags_out_of_range(script, tmp_path, monkeypatch, capsys):
-    """Of every number no NaN, no infinity, nothing negative; of every choice only what it names."""
+    """A number may not be NaN, infinite or negative; a choice must be one of those named."""
     tried = 0
     for action in flags(script, monkeypatch):
         numeric = action.type is not None
@@ -436,14 +436,14 @@ def test_flags(script, argument, tmp_path, capsys):
 
 @pytest.mark.applies(lambda script: script.module.METRIC == "success_rate")
 def test_few_pairs_and_absorbing_ones(script, tmp_path, refused):
-    """An end counts 1 / (1 - gamma) pairs: beside ten of a lap D would see little else."""
+    """An end counts as 1 / (1 - gamma) pairs: with few pairs per lap, D would see little else."""
     argv = script.argv(tmp_path / "run", "--num-demos", 1, "--num-pairs", 5, "--absorbing")
     refused(argv, "--num-pairs", "--no-absorbing")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_an_empty_name(flag, refused):
-    """As of a shell's variable that is not set."""
+    """As from a shell variable that is not set."""
     refused([flag, ""], flag)
 
 

@@ -49,7 +49,7 @@ def test_the_script_accepts_every_command_of_an_experiment(name, tmp_path, monke
 
 
 def test_every_result_has_the_settings_of_its_command(tmp_path):
-    """A command is the one way to repeat a result: it must not ask for something else."""
+    """The command is the only way to repeat a result: it must ask for the same settings."""
     run.prepare(EXPERIMENTS["gail_pendulum"], tmp_path)
     wrong = {}
     for path in run.RESULTS.glob("*.json"):
@@ -111,7 +111,7 @@ def test_a_variant_replaces_names_that_the_script_has_and_runs(variant, tmp_path
 
 
 def test_a_memory_gives_half_of_what_the_discriminator_refuses():
-    """In the third rollout: 100 pairs of its own, and 100 out of 64 that each one left."""
+    """In the third rollout: 100 pairs of its own, and 100 drawn from the 64 kept of each."""
     refused, remembered = [], []
 
     def minibatch(pairs, number):
@@ -167,7 +167,7 @@ class TwoWalks:
 
 
 def test_the_cost_to_go_of_a_push(monkeypatch):
-    """Pushed in step 20; V* = 7 follows where the expert arrived, and nothing after a fall."""
+    """Pushed at step 20; V* = 7 is added where the expert arrived, and nothing after a fall."""
     script = bipedal_gradients.script
     args, policy = script.parse_args([]), script.Policy(8, 0.1)
     monkeypatch.setattr(bipedal_gradients, "HORIZONS", (2, 280))
@@ -207,7 +207,7 @@ def test_estimators_that_are_right_agree(walker_states):
 
 @pytest.mark.parametrize("chance", [True, False])
 def test_unseen_trajectories_tell_what_was_learnt_by_heart(chance, tmp_path, monkeypatch, capsys):
-    """Actions drawn at random can only be learnt by heart; a function of the state is learnt."""
+    """Random actions can only be memorised; a function of the state can be learnt."""
     torch.manual_seed(0)
     observations, last = torch.randn(4_000, 24), (torch.arange(4_000) + 1) % 40 == 0
     actions = 0.5 * (torch.randn(4_000, 4) if chance else observations[:, :4]).tanh()
@@ -246,13 +246,13 @@ def test_the_score_function_of_fresh_actions_is_the_gradient(walker_states, monk
         return found
 
     exact = gradient()
-    monkeypatch.setattr(script, "aggrevated_loss", script.aggrevated_loss)  # to be put back
+    monkeypatch.setattr(script, "aggrevated_loss", script.aggrevated_loss)  # so that it is restored
     variants.score_function(script)
     assert torch.allclose(gradient(), exact, rtol=0.1, atol=0.1 * exact.abs().max())
 
 
 def test_a_natural_step_is_that_of_the_fisher_matrix(walker_states):
-    """Against F in full, on a policy of so few weights that it can be inverted."""
+    """Against the full F, on a policy with so few weights that F can be inverted."""
     policy, _, batch = walker_states
     policy.network = torch.nn.Sequential(torch.nn.Linear(24, 4)).double()
     states = batch["observations"].double()

@@ -1,4 +1,4 @@
-"""The shipped demonstrations, how they are chosen from, and how new ones are made."""
+"""The shipped demonstrations, how episodes are chosen from them, and how new ones are made."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_shipped_demonstrations(watcher, path):
     assert score >= watcher.module.TASKS[env_id]
     for episode in episodes:
         assert len(episode["observations"]) == len(episode["actions"]) == len(episode["rewards"])
-        if "CartPole" in env_id:  # there the limit ends an episode, not the pole
+        if "CartPole" in env_id:  # one that reaches the time limit is not terminated
             limit = gym.spec(env_id).max_episode_steps
             assert episode["terminated"] == (len(episode["actions"]) < limit)
             assert np.abs(episode["observations"][0]).max() <= 0.05
@@ -46,7 +46,7 @@ def test_held_out_episodes_are_never_learnt_from(watcher):
         firsts = [{e["observations"].tobytes() for e in x} for x in (demos, others, held_out)]
         assert len(firsts[0]) == 4 and firsts[0] <= firsts[1] and not firsts[1] & firsts[2]
         chosen |= firsts[0]
-    assert len(chosen) == 10  # every other one is, by some seed
+    assert len(chosen) == 10  # each of the others is chosen by some seed
 
 
 def test_where_all_are_learnt_from_none_is_held_out(watcher):
@@ -55,7 +55,7 @@ def test_where_all_are_learnt_from_none_is_held_out(watcher):
 
 
 def test_num_pairs(watcher):
-    """So many pairs of each episode, at random, none of them twice and none of them broken."""
+    """That many random pairs of each episode, none twice, each state with its own action."""
     (demo,), (*others,), _ = watcher.module.load_demos(
         parse(watcher, "--num-demos", 1, "--num-pairs", 30)
     )
@@ -108,7 +108,7 @@ def test_a_good_expert_is_recorded(watcher, tmp_path, monkeypatch):
 
 @pytest.mark.applies(lambda watcher: watcher.task is TASKS["racecar"])
 def test_the_shipped_laps_are_the_experts(watcher):
-    """The first ten, which are driven at once."""
+    """The first ten, which are driven in one batch."""
     module = watcher.module
     recorded = module.read_demos(watcher.task.demos, "RaceCar-v0")
     seed = module.EVALUATION_SEEDS - 1_000

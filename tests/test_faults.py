@@ -1,10 +1,10 @@
 """Faults by the hundred: runs killed, interrupted and robbed of their disk, files with any damage.
 
     python -m pytest -m faults              the short form, which the suite has too
-    python -m pytest -m faults -n 0 --long  the long form, which docs/reliability.md tells of
+    python -m pytest -m faults -n 0 --long  the long form, which docs/reliability.md reports
 
-Every run is a fork of this process, which has imported everything already: a person would wait some
-seconds for each. The long form writes what it counted into benchmark/results/reliability.json.
+Every run is a fork of this process, which has imported everything already: started anew, each would
+take some seconds. The long form writes what it counted into benchmark/results/reliability.json.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Fork:
         os.close(reading)
 
     def wait(self, seconds=120):
-        """The exit status, minus the signal's number; None where it goes on for longer."""
+        """The exit status, or minus the number of the signal; None if it is still running."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -119,7 +119,7 @@ def begin(script, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def argv(script, tmp_path_factory):
-    """The command line of a run with many checkpoints, of an expert that soon falls."""
+    """The command line of a run with many checkpoints, and an expert that soon falls."""
     file = tmp_path_factory.mktemp("expert") / "expert.zip"
     expert = [] if script.task.demos else ["--expert", falling_expert(file)]
     every = {"env_steps": 50, "updates": 20, "iterations": 1}.get(script.module.CLOCK, 1)
@@ -198,7 +198,7 @@ def limit_files(size):
 
 
 def test_disk_full(begin, argv, whole, tmp_path, quick, long, report):
-    """No file may grow beyond a size at which some checkpoints still fit, or none, or all."""
+    """No file may grow beyond a random size, into which some, none or all checkpoints fit."""
     policy = weights(whole[0])
     largest = (whole[0] / "checkpoint.pt").stat().st_size
     rng, stopped = np.random.default_rng(0), 0
@@ -230,7 +230,7 @@ def test_the_run_folder_disappears(script, begin, argv, tmp_path, quick):
 
 
 def test_the_run_folder_disappears_after_its_first_checkpoint(script, begin, argv, tmp_path, quick):
-    """Nothing makes it again: a run without its settings could not be resumed."""
+    """Nothing recreates it: a run without its settings could not be resumed."""
     folder, save = tmp_path / "run", script.module.Run.save
 
     def save_and_lose(run):
@@ -304,7 +304,7 @@ def test_a_recording_that_is_stopped(number, status, tmp_path):
 
 
 def damage(data, rng):
-    """One of the ways in which bytes go wrong."""
+    """Damage bytes in one of several ways."""
     data, at = bytearray(data), int(rng.integers(len(data)))
     count = int(rng.integers(1, 64))
     way = rng.integers(6)
@@ -378,7 +378,7 @@ def swap_value(content, rng, *more):
 
 
 def huge(path, rng):
-    """An .npz of which one array declares many terabytes."""
+    """An .npz with one array that claims to be many terabytes."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name, header = rng.choice(list(members)), io.BytesIO()
@@ -461,7 +461,7 @@ def load(loader, script, finished, tmp_path):
     if loader == "policy":
         path = folder / "policy.pt"
         return ["--evaluate", str(path), "--eval-episodes", "2"], path
-    argv = ["--resume", str(folder), "--no-progress", script.budget, str(10**7)]  # it goes on
+    argv = ["--resume", str(folder), "--no-progress", script.budget, str(10**7)]  # trains on
     return argv, folder / "checkpoint.pt"
 
 
@@ -472,7 +472,7 @@ class Loaded(Exception):
 def mutate(script, argv, path, other, many, tmp_path, errors):
     """Runs in a fork. Damages the file `many` times and writes what came of it to counts.json.
 
-    What loads begins to train."""
+    A checkpoint that loads is also trained on, for one iteration."""
     original, module, run = path.read_bytes(), script.module, tmp_path / "run"
     counts = {"refused": 0, "unnoticed": 0, "s the longest": 0.0, "MB at most": 0}
     played = module.play(None, script.task.env_id, 4, 0)
@@ -489,11 +489,11 @@ def mutate(script, argv, path, other, many, tmp_path, errors):
     if "--resume" not in argv:
         module.Run.start = loaded
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gc.freeze()  # so that collecting has little to look at
+    gc.freeze()  # so that garbage collection has little to scan
     for seed in range(many):
         rng = np.random.default_rng(seed)
         path.write_bytes(original)
-        while path.read_bytes() == original:  # zeros may have been zeros before
+        while path.read_bytes() == original:  # damage may have changed nothing
             if rng.random() < 0.5:
                 path.write_bytes(damage(original, rng))
             else:

@@ -61,7 +61,7 @@ def test_advantages_by_their_definition(recorded, gae_lambda):
 def test_with_lambda_1_advantages_are_returns_minus_the_baseline(recorded):
     """The return of a truncated or cut-off episode goes on with the next state's value."""
     rewards, values, next_values, terminated, truncated = recorded
-    # From one state to the next there is one value, except where the episode ends
+    # The next state's value is the next step's value, except where the episode ends
     done = terminated | truncated
     next_values[:-1] = torch.where(done[:-1], next_values[:-1], values[1:])
     found = gail.generalized_advantages(rewards, values, next_values, done, GAMMA, 1.0)
@@ -81,8 +81,8 @@ def test_with_lambda_1_advantages_are_returns_minus_the_baseline(recorded):
 def test_reinforce_against_enumeration():
     """A tabular softmax policy on two states: every trajectory of three steps is enumerated.
 
-    The loss's gradient, in the mean over all of them, is the derivative of the expected return,
-    with whatever baseline."""
+    Averaged over all of them, the loss's gradient is the derivative of the expected return,
+    whatever the baseline."""
     horizon, gamma = 3, 0.8
     moves = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.3, 0.7]]])  # state, action
     rewards = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
@@ -117,7 +117,7 @@ def test_reinforce_against_enumeration():
     done[-1] = True
     returns = rewards[states, actions].T
     advantages = gail.generalized_advantages(returns, values, next_values, done, gamma, 1.0).T
-    # A mean with weights: the probability of each trajectory, instead of sampling it
+    # A weighted mean: by the probability of each trajectory, instead of sampling it
     weighted = advantages * discounts * probability.detach()[:, None] * probability.numel()
     loss = gail.reinforce_loss(log_probs.flatten(), weighted.flatten()) * horizon
     (found,) = torch.autograd.grad(-loss, theta)
@@ -157,7 +157,7 @@ def test_the_average_counts_the_kth_k_times():
 
 
 def test_what_is_kept_is_the_average(tmp_path, quick):
-    """Evaluated and written; what acts is the policy, and both are in the checkpoint."""
+    """It is evaluated and saved; the policy itself acts, and the checkpoint holds both."""
     Case("gail_cartpole", GAIL, 360, 200, "", 0).run(tmp_path / "run")
     kept = torch.load(tmp_path / "run" / "policy.pt", weights_only=True)["weights"]
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

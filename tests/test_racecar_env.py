@@ -239,7 +239,7 @@ def test_observation_is_what_pybullet_says(make):
     right = pybullet.getJointState(env.car, 6, env.physics.id)
     expected = [*position[:2], *velocity[:2], yaw, left[0], right[0], left[1], right[1]]
     np.testing.assert_array_equal(observation, np.float32(expected))
-    assert np.abs(observation).min() > 0  # so that no two places could be exchanged unseen
+    assert np.abs(observation).min() > 0  # so that no two numbers could be swapped unnoticed
     assert info["position"].tolist() == list(position) and info["steps"] == 15
 
 
@@ -332,7 +332,7 @@ def test_start_noise_is_uniform_in_its_range(make):
     assert np.abs(noise).max() <= 0.1 + 1e-6
     assert np.abs(noise).max(axis=0).min() > 0.098
     grid = np.linspace(-0.1, 0.1, 21)
-    for column in noise.T:  # Kolmogorov and Smirnov: 1.95 / sqrt(500) has a chance of 0.1 %
+    for column in noise.T:  # Kolmogorov-Smirnov: more than 1.95 / sqrt(500) has probability 0.1 %
         distribution = np.searchsorted(np.sort(column), grid) / 500
         assert np.abs(distribution - np.linspace(0, 1, 21)).max() < 1.95 / math.sqrt(500)
     assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.2

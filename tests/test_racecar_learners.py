@@ -155,7 +155,7 @@ def test_absorbing_pairs(module):
 
 
 def test_the_finish_is_the_environments(module):
-    """On the last state of laps and of crashes, and nowhere else."""
+    """True in the last state of a lap, false in that of a crash and everywhere else."""
     controller, env = racecar_env.WaypointController(), RaceCarEnv()
     for act, success in ((controller, True), (lambda observation: np.array([0, 1.0]), False)):
         observation, _ = env.reset(seed=3)
@@ -206,13 +206,13 @@ def test_what_follows_an_end(learner, module, flags, tmp_path, monkeypatch, quic
         expected[terminated] = forever * args.absorbing
     assert torch.allclose(next_values, expected, atol=1e-4)
     assert torch.equal(done, terminated | batch["truncated"])
-    # No reset frame is in the batch: one state leads to the next, but for an end
+    # No reset frame is in the batch: each state leads to the next, except at an end
     same = (batch["next_observations"][:-1] == batch["observations"][1:]).all(-1)
     assert torch.equal(same, ~done[:-1])
 
 
 def test_the_ratio_is_1_before_the_first_update_of_an_iteration(tmp_path, monkeypatch, quick):
-    """The actions of its log-probabilities are the Gaussian's, not those clipped to the box."""
+    """Log-probabilities are those of the Gaussian's samples, not of actions clipped to the box."""
     script = importlib.import_module("gail_racecar_ppo")
     case = next(case for case in LEARNERS if case.module is script)
     ppo_loss, rollout, ratios, samples = script.ppo_loss, script.rollout, [], []
@@ -255,7 +255,7 @@ def test_cars_in_mid_episode_go_on_from_a_checkpoint(module):
 
 
 def test_the_schedule_is_counted_in_steps(learner, tmp_path):
-    """Over so many steps that it has ended; in the middle; as by default, hardly begun."""
+    """With schedules that have ended, are half-way, and (as by default) have hardly begun."""
     module = learner.module
     for schedule, left in ((64, module.FINAL_STD / module.STD), (256, 0.5), (10**9, 1.0)):
         folder = tmp_path / str(schedule)
@@ -400,7 +400,7 @@ def test_shuffled_expert_keeps_states_and_actions_but_not_which_belong_together(
 def test_the_average_is_of_the_updated_policies_and_is_what_is_evaluated(
     learner, module, tmp_path, monkeypatch, quick
 ):
-    """With the deviation of the last."""
+    """With the last policy's deviation."""
     updated, evaluated = [], []
     update_policy, evaluate = module.update_policy, module.Run.evaluate
 
@@ -428,7 +428,7 @@ def test_the_average_is_of_the_updated_policies_and_is_what_is_evaluated(
 
 
 def test_step_sizes_by_the_schedule(learner, module, tmp_path, quick):
-    """In place: part of test_the_schedule_is_counted_in_steps."""
+    """Step sizes, where test_the_schedule_is_counted_in_steps has the actions' deviation."""
     power = 2 if "reinforce" in learner.script else 1
     for schedule, left in ((64, module.FINAL_LR), (256, 0.5)):
         flags = ("--policy-lr", 0.5, "--critic-lr", 0.25, "--discriminator-lr", 0.125)
@@ -440,7 +440,7 @@ def test_step_sizes_by_the_schedule(learner, module, tmp_path, quick):
 
 
 def test_how_episodes_ended(learner, module, tmp_path, monkeypatch, quick):
-    """In place: two lines of test_what_follows_an_end, where all end at a wall."""
+    """As in test_what_follows_an_end, where all episodes end at a wall."""
     monkeypatch.setattr(module, "STD", 1.0)
     learner.run(tmp_path / "run", "--num-steps", 100, budget=1)
     scalars = json.loads((tmp_path / "run" / "summary.json").read_text())["curve"][-1]

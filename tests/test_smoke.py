@@ -49,7 +49,7 @@ POINT = {"env_steps": int, "wall_seconds": float, "return_mean": float}
 
 
 def read_json(path):
-    """JSON as the standard has it: NaN and Infinity are none."""
+    """Strict JSON: NaN and Infinity are refused."""
 
     def refuse(name):
         raise ValueError(f"{path}: {name}")
@@ -183,7 +183,7 @@ def test_rewards_and_info_change_nothing(case, finished, tmp_path, monkeypatch, 
     monkeypatch.setattr(case.module, "make_envs", make_envs_without_rewards)
     assert same(case.run(tmp_path / "run"), weights(finished))
     learner = json.loads((tmp_path / "run" / "summary.json").read_text())["learner"]
-    assert np.isnan(learner["return_mean"])  # the rewards were hidden indeed
+    assert np.isnan(learner["return_mean"])  # the rewards really were hidden
 
 
 def test_recorded_rewards_change_nothing(watcher, finish, tmp_path, quick):
@@ -258,11 +258,11 @@ def test_resuming_a_finished_run_changes_nothing(case, finished, tmp_path, quick
 
 def test_interrupted(script, tmp_path, quick, capsys, long_walks):
     """A copy alone in a folder; Ctrl-C; the command that it prints, to the end."""
-    for path in (script.path, ROOT / "racecar_env.py"):  # which is all that one may need
+    for path in (script.path, ROOT / "racecar_env.py"):  # which is all that a script may need
         shutil.copy(path, tmp_path)
     folder = tmp_path / "runs" / "run"
     demos = ("--demos", script.task.demos) if script.task.demos else ()
-    if not demos:  # an expert with whom an episode is soon over
+    if not demos:  # with this expert an episode is soon over
         demos = ("--expert", falling_expert(tmp_path / "expert.zip"))
     argv = script.argv(folder, *demos, budget=10**9)
     process, until = script.start(argv, tmp_path), time.monotonic() + 180
@@ -340,7 +340,7 @@ def test_the_run_folder_cannot_be_made(script, tmp_path, capsys):
 
 
 def test_no_seed_is_shared(case, tmp_path, monkeypatch, quick):
-    """By training, validation and the final evaluation; but AggreVaTeD's expert is paired to it."""
+    """By training, validation and final evaluation; AggreVaTeD's expert shares the final one's."""
     module, evaluated, trained, playing = case.module, [], set(), []
     play, make_envs = module.play, module.make_envs
 
@@ -402,7 +402,7 @@ def test_solved_is_the_first_evaluation_from_which_on_all_are_good(
 
 @pytest.mark.applies(lambda script: script.script == "bc_cartpole")
 def test_when_it_evaluates(script, tmp_path, quick):
-    """At the first iteration's end at or beyond each multiple, and at the end."""
+    """After the first iteration at or beyond each multiple, and at the end."""
     script.run(tmp_path / "run", "--eval-every", 150)  # 100, 200, 300 updates
     curve = read_json(tmp_path / "run" / "summary.json")["curve"]
     assert [point["updates"] for point in curve] == [200, 300]
@@ -436,6 +436,7 @@ def test_what_may_change_on_the_way_is_kept(script, tmp_path, monkeypatch, quick
     assert script.module.main(["--resume", str(tmp_path / "run")]) == 0
     assert done(script, tmp_path / "run") >= script.full
     assert read_json(tmp_path / "run" / "summary.json")["learner"]["episodes"] == 3
+    assert read_json(tmp_path / "run" / "args.json")[script.module.BUDGET] == script.full
 
 
 def test_a_resumed_runs_curve_and_clock_go_on(script, tmp_path, quick):
@@ -501,7 +502,7 @@ def test_what_the_summary_tells_of_whom(watcher, tmp_path, monkeypatch, quick):
 
 @pytest.mark.applies(lambda script: script.module.METRIC == "success_rate")
 def test_success_is_a_return_above_0(script):
-    """Not that of a lap that was cut off, which is 0."""
+    """A lap that was cut off has return 0, which is no success."""
     episodes = [{"rewards": np.array([0.0, last])} for last in (-1, 0, 3, 3)]
     assert script.module.statistics(episodes)["success_rate"] == 0.5
 
@@ -535,7 +536,7 @@ def test_it_learns_from_every_pair_and_tells_how_well(script, tmp_path, monkeypa
 
 @pytest.mark.applies(lambda script: "offline" in script.script)
 def test_an_offline_iteration(script, tmp_path, monkeypatch, quick):
-    """Rewards are D's logits of the very policy that is moved; both step sizes fall."""
+    """Rewards are D's logits for the very policy that is updated; both step sizes fall."""
     module, logits, sizes, given = script.module, [], [], []
     names = ("discriminator_logits", "natural_policy_loss", "descend")
     as_it_is = {name: getattr(module, name) for name in names}
