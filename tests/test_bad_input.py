@@ -286,26 +286,6 @@ def test_checkpoint_without_a_part(part, folder, refused, forge):
     refused(["--resume", folder], folder / "checkpoint.pt", part)
 
 
-MOMENTS = {
-    "of another size": lambda x: torch.zeros(10**4),
-    "that lie one over another": lambda x: torch.zeros(()).expand(x.shape),
-    "of another kind": lambda x: [0.0],
-    "that are one number": lambda x: torch.zeros(()),
-}
-
-
-@pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
-def test_checkpoint_with_moments(name, moments, folder, refused, forge):
-    """Adam would take them, and write beyond their memory."""
-    content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    optimizer = next(name for name in content if "optimizer" in name)
-    state = content[optimizer]["state"][0]
-    state[name] = MOMENTS[moments](state[name])
-    forge(**{optimizer: content[optimizer]})
-    refused(["--resume", folder], folder / "checkpoint.pt")
-
-
 @pytest.mark.parametrize("part", ["policy", "count", "extra"])
 def test_checkpoint_that_holds_objects(part, folder, tmp_path, refused, forge):
     """Even where its digest is right."""
