@@ -10,7 +10,7 @@ the states that it visits, using the expert's cost-to-go; here rewards take the 
 DAgger (Ross et al. 2011) imitates the expert's actions in these states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --iterations 2            a look around
-    python aggrevated_bipedal.py                           the weak expert: some minutes
+    python aggrevated_bipedal.py                           the weak expert: five to nine minutes
     python aggrevated_bipedal.py --resume runs/FOLDER      resume a run where it stopped
 
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
@@ -72,16 +72,10 @@ METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
 EVAL_ENVS = 50
 RECIPES = {  # the hardcore course is hard to fit, and little is gained there by following A*
     "BipedalWalker-v3": dict(
-        expert="weak",
-        num_envs=20,
-        noise=0.5,
-        hidden=128,
-        standardize=False,
-        caution=1.5,
-        anchor=4.0,
+        expert="weak", num_envs=20, noise=0.5, hidden=128, standardize=False, caution=1.5, anchor=4
     ),
     "BipedalWalkerHardcore-v3": dict(
-        expert="good", num_envs=60, noise=0.3, hidden=512, standardize=True, caution=0.5, anchor=8.0
+        expert="good", num_envs=60, noise=0.3, hidden=512, standardize=True, caution=0.5, anchor=8
     ),
 }
 LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
