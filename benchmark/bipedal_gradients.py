@@ -10,12 +10,16 @@ score function on the real rewards of the next 10, 50 and 280 steps, after which
 other critics fitted to other trajectories. They are the cosine with that gradient from the other
 half of the states, divided by the square root of the product of both `own`, which is what noise
 alone leaves of it: about 1 without bias, and unknown if the halves of the real rewards' gradient do
-not agree.
+not agree. Every seed has a learner, critics and actions of its own.
 """
 
 import argparse
 import json
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -134,14 +138,10 @@ def compare(policy, critics, batch, args, splits):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--expert", default="weak")
-    parser.add_argument("--trajectories", type=int, default=4_000)
-    parser.add_argument("--splits", type=int, default=50)
-    chosen = parser.parse_args()
+def measure(seed, chosen):
+    """The lines of one seed: its own learner, critics and pushes; and how many pushes."""
     args = script.parse_args(["--expert", chosen.expert])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     torch.set_num_threads(1)
     expert, policy = script.make_expert(args), script.Policy(args.hidden, args.std)
     fitted = []
@@ -159,16 +159,35 @@ def main():
         walkers = script.make_envs(args.env_id, min(50, chosen.trajectories))
         batches.append(pushed_steps(policy, expert, judge, walkers, args))
         walkers.close()
-        print(f"{len(batches) * 50} trajectories", file=sys.stderr, flush=True)
+        print(f"seed {seed}: {len(batches) * 50} trajectories", file=sys.stderr, flush=True)
     batch = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
-    rows = compare(policy, critics, batch, args, chosen.splits)
-    about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
-    about |= {"expert": chosen.expert, "pushes": len(batch["rewards"])}
+    return compare(policy, critics, batch, args, chosen.splits), len(batch["rewards"])
+
+
+def summary(values):
+    """Mean over the seeds, with the least and the greatest."""
+    if None in values:
+        return "unknown"
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--expert", default="weak")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--trajectories", type=int, default=1_200, help="for each seed")
+    parser.add_argument("--splits", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    chosen = parser.parse_args()
+    with ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as pool:
+        seeds = list(pool.map(partial(measure, chosen=chosen), range(chosen.seeds)))
     table = [
-        {"estimator": k, **{n: "unknown" if x is None else f"{x:.2f}" for n, x in v.items()}}
-        for k, v in rows.items()
+        {"estimator": name, **{k: summary([rows[name][k] for rows, _ in seeds]) for k in row}}
+        for name, row in seeds[0][0].items()
     ]
-    print(json.dumps({**about, "table": table, "estimators": rows}, indent=1))
+    about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
+    about |= {"expert": chosen.expert, "pushes": [pushes for _, pushes in seeds]}
+    print(json.dumps({**about, "table": table, "seeds": [rows for rows, _ in seeds]}, indent=1))
 
 
 if __name__ == "__main__":
