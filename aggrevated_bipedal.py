@@ -70,13 +70,18 @@ TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved
 # The metric, the unit of progress, the flag that limits it, and how often to evaluate:
 METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
 EVAL_ENVS = 50
-RECIPES = {  # the hardcore course is hard to fit, and little is gained there by following A*
-    "BipedalWalker-v3": dict(
-        expert="weak", num_envs=20, noise=0.5, hidden=128, standardize=False, caution=1.5, anchor=4
-    ),
-    "BipedalWalkerHardcore-v3": dict(
-        expert="good", num_envs=60, noise=0.3, hidden=512, standardize=True, caution=0.5, anchor=8
-    ),
+DEFAULTS = {  # for each of TASKS, in their order; the hardcore course is harder to fit
+    "expert": ("weak", "good"),
+    "iterations": (20, 12),
+    "num_envs": (20, 80),
+    "noise": (0.5, 0.3),
+    "critic_hidden": (128, 256),
+    "critic_updates": (1_000, 4_000),
+    "policy_updates": (3_000, 5_000),
+    "standardize": (False, True),
+    "hidden": (128, 512),
+    "caution": (1.5, 0.5),
+    "anchor": (4.0, 8.0),
 }
 LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
 FALL = -100.0  # the task's reward for a fall; any other step pays or costs a fraction of 1
@@ -85,51 +90,54 @@ FALL = -100.0  # the task's reward for a fall; any other step pays or costs a fr
 def add_settings(parser):
     """The algorithm's flags. `number`, like `check`, `read` and `Run`, is in the harness."""
 
-    def recipes(help, name):
-        level, hardcore = (recipe[name] for recipe in RECIPES.values())
+    def by_task(help, name):
+        level, hardcore = DEFAULTS[name]
         return f"{help} (default: {level}, on the hardcore course {hardcore})"
 
     flag = parser.add_argument_group("expert").add_argument
     shipped = "weak or good (shipped; hardcore: good), or a .zip of stable-baselines3's SAC or TD3"
-    flag("--expert", metavar="NAME", help=recipes(shipped, "expert"))
+    flag("--expert", metavar="NAME", help=by_task(shipped, "expert"))
     flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to measure its score")
     few = "to select the best policy; where falls are rare, with few episodes luck decides"
     flag("--validation-episodes", type=number(int, 2, 500), default=200, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
-    flag("--iterations", type=number(int, 1), default=20, help="of roll-in, refit and improvement")
+    three = "of roll-in, refit and improvement"
+    flag("--iterations", type=number(int, 1), help=by_task(three, "iterations"))
     one = "environments, one trajectory each"
-    flag("--num-envs", type=number(int, 1, 10_000), help=recipes(one, "num_envs"))
+    flag("--num-envs", type=number(int, 1, 10_000), help=by_task(one, "num_envs"))
     mixing = "iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0"
     flag("--mixing", type=number(int, 1), default=5, help=mixing)
     noise = "largest standard deviation of the noise on roll-in actions; 0: none"
-    flag("--noise", type=number(float, 0), help=recipes(noise, "noise"))
+    flag("--noise", type=number(float, 0), help=by_task(noise, "noise"))
     longest = "the expert takes over after a random number of steps below this"
     flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
     refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
     flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
     flag("--critics", type=number(int, 2), default=2, help="how many to fit; spread = uncertainty")
-    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="hidden layers' width")
-    flag("--critic-updates", type=number(int, 0), default=1_000, help="per iteration")
+    layers = "hidden layers' width"
+    flag("--critic-hidden", type=number(int, 1, 4_096), help=by_task(layers, "critic_hidden"))
+    per = "per iteration"
+    flag("--critic-updates", type=number(int, 0), help=by_task(per, "critic_updates"))
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
-    flag("--policy-updates", type=number(int, 1), default=3_000, help="per iteration")
+    flag("--policy-updates", type=number(int, 1), help=by_task(per, "policy_updates"))
     flag("--policy-lr", type=number(float, 0), default=2e-3, help="step size of Adam")
     anneal = "let --policy-lr fall to 0 in each iteration"
     flag("--anneal", action=argparse.BooleanOptionalAction, default=True, help=anneal)
     flag("--batch-size", type=number(int, 1), default=256, help="for both updates")
-    standard = recipes("the networks' inputs, by the expert's first trajectories", "standardize")
+    standard = by_task("the networks' inputs, by the expert's first trajectories", "standardize")
     flag("--standardize", action=argparse.BooleanOptionalAction, help=standard)
     width = "width of the two hidden layers"
-    flag("--hidden", type=number(int, 1, 4_096), help=recipes(width, "hidden"))
+    flag("--hidden", type=number(int, 1, 4_096), help=by_task(width, "hidden"))
     flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
     caution = "standard deviations of the critics to subtract from their mean: a lower bound"
-    flag("--caution", type=number(float, 0), help=recipes(caution, "caution"))
+    flag("--caution", type=number(float, 0), help=by_task(caution, "caution"))
     anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
-    flag("--anchor", type=number(float, 0), help=recipes(anchor, "anchor"))
+    flag("--anchor", type=number(float, 0), help=by_task(anchor, "anchor"))
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -257,9 +265,10 @@ def aggrevated_loss(policy, critics, observations, expert_actions, weight, cauti
     """Minus A* of the learner's own actions, reparameterised, held near the expert's. -> ()
 
     DEVIATION: the paper uses the score-function gradient of E[A*] in a state, and no anchor."""
-    actions = policy(observations).rsample()
+    distribution = policy(observations)
+    actions, greedy = distribution.rsample(), distribution.base_dist.mean.tanh()
     advantages = cautious_advantages(critics, observations, actions, expert_actions, caution)
-    distances = (policy.greedy(observations) - expert_actions).square().sum(-1)
+    distances = (greedy - expert_actions).square().sum(-1)
     return (anchor * distances - weight * advantages).mean()
 
 
@@ -531,7 +540,7 @@ def train(args):
 # The harness: flags, evaluation, run folder, main. It is no part of the algorithm, so read it once.
 # It is the other scripts' harness, except where this script queries an expert in place of reading
 # demonstrations, and where it validates. From above it uses TASKS, METRIC, CLOCK, BUDGET,
-# EVAL_EVERY, EVAL_ENVS, RECIPES, add_settings, Policy, make_envs, make_expert and train.
+# EVAL_EVERY, EVAL_ENVS, DEFAULTS, add_settings, Policy, make_envs, make_expert and train.
 # ==================================================================================================
 
 SCRIPT = Path(__file__).stem
@@ -599,8 +608,9 @@ def parse_args(argv=None):
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
-    for name, value in RECIPES[args.env_id].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    for name, defaults in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, dict(zip(TASKS, defaults))[args.env_id])
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
     if args.device == "auto":

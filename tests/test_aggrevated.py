@@ -216,7 +216,7 @@ def test_another_expert_on_the_way(tmp_path, capsys):
 @pytest.mark.parametrize("env_id", script.TASKS)
 def test_a_task_has_settings_of_its_own(env_id):
     """A flag that is given takes precedence, even if it is 0 or a --no- form."""
-    recipe = script.RECIPES[env_id]
+    recipe = {k: of[list(script.TASKS).index(env_id)] for k, of in script.DEFAULTS.items()}
     args = vars(script.parse_args(["--env-id", env_id]))
     assert {name: args[name] for name in recipe} == recipe
     flags = ["--noise", "0", "--no-standardize", "--hidden", "3"]

@@ -21,9 +21,16 @@ from filelock import FileLock
 from scripts import PYBULLET, ROOT, SCRIPTS, same
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-report, run, variants, bipedal_gradients, bipedal_unseen = (
+report, run, variants, bipedal_gradients, bipedal_start, bipedal_unseen = (
     importlib.import_module(name)
-    for name in ("report", "run", "variants", "bipedal_gradients", "bipedal_unseen")
+    for name in (
+        "report",
+        "run",
+        "variants",
+        "bipedal_gradients",
+        "bipedal_start",
+        "bipedal_unseen",
+    )
 )
 
 SCRIPTS_BY_NAME = {case.script: case for case in SCRIPTS}
@@ -233,6 +240,19 @@ def test_unseen_trajectories_tell_what_was_learnt_by_heart(chance, tmp_path, mon
 def test_the_steps_of_a_trajectory():
     last = torch.tensor([False, True, True, False, False, True])
     assert bipedal_unseen.trajectory_of(last).tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_the_returns_from_the_first_steps_of_a_walk():
+    """The discounted return from step k of the walks that are long enough, by its definition."""
+    walks = []
+    for length in (150, 250, 300):
+        rewards = np.random.default_rng(length).normal(size=length)
+        walks.append({"observations": np.full((length, 24), length), "rewards": rewards})
+    states, returns = bipedal_start.values(walks, SimpleNamespace(gamma=0.9))
+    assert [state[:, 0].tolist() for state in states] == [[250, 300]] * len(bipedal_start.STEPS)
+    for k, found in zip(bipedal_start.STEPS, returns):
+        each = [np.sum(0.9 ** np.arange(len(w["rewards"]) - k) * w["rewards"][k:]) for w in walks]
+        assert found == pytest.approx(np.mean(each[1:]), abs=1e-4)
 
 
 def test_the_score_function_of_fresh_actions_is_the_gradient(walker_states, monkeypatch):
