@@ -1,12 +1,15 @@
 """Why some iterations fail: V* at the start of a walk, and policies that follow several critics.
 
-    python aggrevated_bipedal.py --seed 16 --iterations 12 --run-name twelve
-    python benchmark/bipedal_start.py runs/twelve > benchmark/results/bipedal_start.json
+    python aggrevated_bipedal.py --seed 16 --iterations 12 --run-name collapsed
+    python benchmark/bipedal_start.py runs/collapsed > benchmark/results/bipedal_start.json
 
 The transitions are the run's. Its critics are compared with some that were trained for longer, and
 with new ones, whose inputs are standardized or not: their V* on the first steps of the expert's
 walks with the discounted returns that followed, then the walks of policies that were trained with
 each. These begin as the run's best policy, and take one iteration's updates with A* at full weight.
+
+Whether that run's twelfth policy falls depends on the last bit. It does at commit cdde031, where
+--eval-every 1 --validation-episodes 100 was given, too.
 """
 
 import argparse
@@ -126,7 +129,8 @@ def main():
             rows[-1]["walks"].append(result)
         print(tabulate(rows[-1]), file=sys.stderr)
     about = {"command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}
-    about |= {"settings": checkpoint["args"], "iterations": checkpoint["count"]["updates"]}
+    validations = [[point["updates"], point["return_mean"]] for point in checkpoint["curve"]]
+    about |= {"settings": checkpoint["args"], "validations": validations}
     table = [tabulate(row) for row in rows]
     print(json.dumps({**about, "table": table, "critics": rows}, indent=1))
 
