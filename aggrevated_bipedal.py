@@ -1,4 +1,4 @@
-"""AggreVaTeD on BipedalWalker: learn to walk from an expert that can be queried, and surpass it.
+"""AggreVaTeD: learn to walk from an expert that can be queried, and surpass it.
 
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
@@ -9,10 +9,12 @@ the states that it visits, using the expert's cost-to-go; here rewards take the 
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) imitates the expert's actions in these states: `--algorithm dagger`.
 
-    python aggrevated_bipedal.py --iterations 2            a look around
+    python aggrevated_bipedal.py --total-steps 2           a look around
     python aggrevated_bipedal.py                           the weak expert: five to nine minutes
-    python aggrevated_bipedal.py --resume runs/FOLDER      resume a run where it stopped
+    python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
+    python aggrevated_bipedal.py --env-id Pendulum-v1 --expert expert.pt       a task of yours
 
+An expert is a .pt of plain weights: of experts/, or any policy.pt that this script wrote.
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
@@ -37,16 +39,18 @@ the expert finishes them; (5) training uses all states so far, the expert's amon
 # ///
 
 import argparse
+import contextlib
 import copy
-import importlib.metadata
-import io
+import functools
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from datetime import datetime
@@ -56,9 +60,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import RecordVideo
-from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
@@ -66,181 +70,135 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TASKS = {"BipedalWalker-v3": 300.0, "BipedalWalkerHardcore-v3": 300.0}  # solved if METRIC >= this
-# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
-METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "updates", "iterations", 4
-EVAL_ENVS = 50
-DEFAULTS = {  # for each of TASKS, in their order; the hardcore course is harder to fit
-    "expert": ("weak", "good"),
-    "iterations": (20, 12),
-    "num_envs": (20, 80),
-    "noise": (0.5, 0.3),
-    "critic_hidden": (128, 256),
-    "critic_updates": (1_000, 4_000),
-    "policy_updates": (3_000, 5_000),
-    "standardize": (False, True),
-    "hidden": (128, 512),
-    "caution": (1.5, 0.5),
-    "anchor": (4.0, 8.0),
-}
+SCRIPT = "aggrevated_bipedal"
+MIXING = 5  # iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0
+STD = 0.1  # of the learner's actions, before tanh
 LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
-FALL = -100.0  # the task's reward for a fall; any other step pays or costs a fraction of 1
+HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3, "standardize": True}
+HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
+HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is harder to fit
 
 
-def add_settings(parser):
-    """The algorithm's flags. `number`, like `check`, `read` and `Run`, is in the harness."""
-
-    def by_task(help, name):
-        level, hardcore = DEFAULTS[name]
-        return f"{help} (default: {level}, on the hardcore course {hardcore})"
-
+def add_settings(parser, argv):
+    """The algorithm's flags. `number`, `load_policy` and `Run` are in the harness."""
+    parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("expert").add_argument
-    shipped = "weak or good (shipped; hardcore: good), or a .zip of stable-baselines3's SAC or TD3"
-    flag("--expert", metavar="NAME", help=by_task(shipped, "expert"))
-    flag("--expert-episodes", type=number(int, 5, 500), default=100, help="to measure its score")
+    shipped = "weak or good (shipped for the walkers), or a .pt of this script or experts/"
+    flag("--expert", metavar="NAME", default="weak", help=shipped)
     few = "to select the best policy; where falls are rare, with few episodes luck decides"
-    flag("--validation-episodes", type=number(int, 2, 500), default=200, help=few)
+    flag("--validation-episodes", type=number(int, 2, 1_000), default=200, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
-    three = "of roll-in, refit and improvement"
-    flag("--iterations", type=number(int, 1), help=by_task(three, "iterations"))
+    steps = "iterations of roll-in, fit and improvement; the hardcore course has its own defaults"
+    flag("--total-steps", type=number(int, 1), default=20, help=steps)
     one = "environments, one trajectory each"
-    flag("--num-envs", type=number(int, 1, 10_000), help=by_task(one, "num_envs"))
-    mixing = "iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0"
-    flag("--mixing", type=number(int, 1), default=5, help=mixing)
+    flag("--num-envs", type=number(int, 1, 10_000), default=20, help=one)
     noise = "largest standard deviation of the noise on roll-in actions; 0: none"
-    flag("--noise", type=number(float, 0), help=by_task(noise, "noise"))
+    flag("--noise", type=number(float, 0), default=0.5, help=noise)
     longest = "the expert takes over after a random number of steps below this"
     flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
-    refit = "fit Q* to the transitions seen; otherwise the critics in the expert's file are used"
-    flag("--refit-critic", action=argparse.BooleanOptionalAction, default=True, help=refit)
-    flag("--critics", type=number(int, 2), default=2, help="how many to fit; spread = uncertainty")
-    layers = "hidden layers' width"
-    flag("--critic-hidden", type=number(int, 1, 4_096), help=by_task(layers, "critic_hidden"))
-    per = "per iteration"
-    flag("--critic-updates", type=number(int, 0), help=by_task(per, "critic_updates"))
+    width = "width of the two hidden layers"
+    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help=width)
+    flag("--critic-updates", type=number(int, 0), default=1_000, help="in an iteration")
     flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
-    flag("--policy-updates", type=number(int, 1), help=by_task(per, "policy_updates"))
-    flag("--policy-lr", type=number(float, 0), default=2e-3, help="step size of Adam")
-    anneal = "let --policy-lr fall to 0 in each iteration"
-    flag("--anneal", action=argparse.BooleanOptionalAction, default=True, help=anneal)
+    flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
+    fall = "Adam's step size, which falls to 0 in each iteration"
+    flag("--policy-lr", type=number(float, 0), default=2e-3, help=fall)
     flag("--batch-size", type=number(int, 1), default=256, help="for both updates")
-    standard = by_task("the networks' inputs, by the expert's first trajectories", "standardize")
-    flag("--standardize", action=argparse.BooleanOptionalAction, help=standard)
-    width = "width of the two hidden layers"
-    flag("--hidden", type=number(int, 1, 4_096), help=by_task(width, "hidden"))
-    flag("--std", type=number(float, 1e-3, 2), default=0.1, help="of the actions, before tanh")
+    standard = "the networks' inputs, by the expert's first trajectories"
+    flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
+    flag("--hidden", type=number(int, 1, 4_096), default=128, help=width)
     caution = "standard deviations of the critics to subtract from their mean: a lower bound"
-    flag("--caution", type=number(float, 0), help=by_task(caution, "caution"))
+    flag("--caution", type=number(float, 0), default=1.5, help=caution)
     anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
-    flag("--anchor", type=number(float, 0), help=by_task(anchor, "anchor"))
+    flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
+    if parser.parse_known_args(argv)[0].env_id == "BipedalWalkerHardcore-v3":
+        parser.set_defaults(**HARDCORE)
+
+
+def is_fall(env_id, reward, terminated):
+    """CHANGE ME: is this an end after which nothing is earned? Right for Gymnasium's MuJoCo tasks.
+
+    A walker's episode terminates at the end of its course, too, where it would walk on."""
+    return reward <= -100 if env_id.startswith("BipedalWalker") else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
 
 
-def relu_mlp(*sizes):
+def mlp(sizes, activation=nn.ReLU):
     """Linear layers with ReLU between them: (..., sizes[0]) -> (..., sizes[-1])."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 
 
-class Standardize(nn.Module):
-    """(x - mean) / max(deviation, LEAST_DEVIATION), of a sample: (..., size) -> (..., size)."""
+class Standardised(nn.Module):
+    """A network whose inputs are measured in deviations of a sample."""
 
-    def __init__(self, size):
+    def __init__(self, sizes, activation=nn.ReLU):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("deviation", torch.ones(size))
+        self.network = mlp(sizes, activation)
+        self.register_buffer("mean", torch.zeros(sizes[0]))
+        self.register_buffer("deviation", torch.ones(sizes[0]))
 
     def measure(self, sample):
         self.mean.copy_(sample.mean(0))
         self.deviation.copy_(sample.std(0).clamp(min=LEAST_DEVIATION))
 
-    def forward(self, x):
-        return (x - self.mean) / self.deviation
+    def outputs(self, inputs):
+        return self.network((inputs - self.mean) / self.deviation)
 
 
-class Actor(nn.Module):
-    """Has a `network`; the tanh of its output is the greedy action: (..., 24) -> (..., 4)."""
+class Policy(Standardised):
+    """A squashed Gaussian, for learner and expert: (..., inputs) -> a distribution over [-1, 1].
 
-    def greedy(self, observations):
-        return self.network(observations).tanh()
+    The tanh of the network's output is the greedy action; `low` and `high` are the box that the
+    environment knows it by."""
 
-    @torch.no_grad()
-    def act(self, observations):
-        """The greedy actions, NumPy in and out: (batch, 24) -> (batch, 4)."""
-        device = self.network[-1].weight.device
-        return self.greedy(torch.as_tensor(observations, device=device)).cpu().numpy()
-
-
-class Policy(Actor):
-    """CHANGE ME: a squashed Gaussian; observations (..., 24) -> a distribution over (..., 4)."""
-
-    def __init__(self, hidden, std):
-        super().__init__()
-        self.settings = {"hidden": hidden, "std": std}
-        self.network = nn.Sequential(Standardize(24), *relu_mlp(24, hidden, hidden, 4))
+    def __init__(self, sizes, activation, low, high):
+        super().__init__(sizes, {"relu": nn.ReLU, "tanh": nn.Tanh}[activation])
+        self.settings = {"sizes": sizes, "activation": activation, "low": low, "high": high}
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+        self.register_buffer("high", torch.tensor(high), persistent=False)
 
     def forward(self, observations):
-        gaussian = Normal(self.network(observations), self.settings["std"], validate_args=False)
+        gaussian = Normal(self.outputs(observations), STD, validate_args=False)
         return TransformedDistribution(gaussian, TanhTransform(cache_size=1), validate_args=False)
+
+    def greedy(self, observations):
+        return self.outputs(observations).tanh()
+
+    @torch.no_grad()
+    def act(self, observations, sample=False):
+        """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, size)."""
+        observations = np.ascontiguousarray(observations, np.float32)
+        seen = torch.from_numpy(observations).to(self.low.device)
+        return self.to_env(self(seen).sample() if sample else self.greedy(seen))
+
+    def to_env(self, actions):
+        """From [-1, 1] to the environment's box, as NumPy: (..., size) both."""
+        return torch.lerp(self.low, self.high, (actions + 1) / 2).cpu().numpy()
 
 
 class Critics(nn.Module):
-    """Several networks for Q*(s, a): (batch, 24), (batch, 4) -> (networks, batch)."""
+    """Two networks for Q*(s, a): (batch, inputs), (batch, actions) -> (2, batch)."""
 
-    def __init__(self, networks):
+    def __init__(self, sizes):
         super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.standardize = Standardize(self.networks[0][0].in_features)
+        self.networks = nn.ModuleList(Standardised(sizes) for _ in range(2))
 
     def forward(self, observations, actions):
-        pairs = self.standardize(torch.cat([observations, actions], -1))
-        return torch.stack([network(pairs).squeeze(-1) for network in self.networks])
-
-
-class Expert(Actor):
-    """The greedy actor and the critics of a stable-baselines3 SAC or TD3, from its weights.
-
-    `weights` are named as in that model. Anything else raises KeyError, IndexError or
-    RuntimeError."""
-
-    def __init__(self, weights):
-        super().__init__()
-        layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-        actor = [x for x in layers if x.startswith("actor.") and not x.endswith("log_std")]
-        self.network = self.network_of(weights, actor)
-        self.critics = Critics(
-            self.network_of(weights, [f"critic.qf{i}.{j}" for j in range(0, 2 * len(actor), 2)])
-            for i in range(2)
-        )
-
-    @staticmethod
-    def network_of(weights, names):
-        shapes = [weights[f"{name}.weight"].shape for name in names]
-        network = relu_mlp(shapes[0][1], *(outputs for outputs, _ in shapes))
-        for layer, name in zip(network[::2], names):
-            layer.load_state_dict({k: weights[f"{name}.{k}"].float() for k in ("weight", "bias")})
-        return network
+        pairs = torch.cat([observations, actions], -1)
+        return torch.stack([network.outputs(pairs).squeeze(-1) for network in self.networks])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
-
-
-def discounted_returns(rewards, gamma):
-    """The cost-to-go, with rewards in place of costs: sum of gamma^k r_{t+k}; (steps,) both."""
-    returns = torch.zeros_like(rewards)
-    following = torch.zeros(())
-    for step in reversed(range(len(rewards))):
-        following = returns[step] = rewards[step] + gamma * following
-    return returns
 
 
 def fitted_q_loss(critics, target, batch, gamma):
@@ -277,130 +235,54 @@ def dagger_loss(policy, observations, expert_actions):
     return (policy.greedy(observations) - expert_actions).square().sum(-1).mean()
 
 
-def correlation(x, y):
-    """Pearson's; 0 where one of them does not vary: (n,) twice -> float."""
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
+# --- roll-in --------------------------------------------------------------------------------------
 
 
-# --- environment and expert -----------------------------------------------------------------------
-
-
-class Walkers:
-    """One episode in each of several environments; a walker whose episode is over rests.
-
-    Reset it only once: Box2D remembers what went before, and a second episode with the same seed
-    may turn out differently."""
-
-    def __init__(self, env_id, num_envs):
-        self.envs = [gym.make(env_id) for _ in range(num_envs)]
-        self.num_envs = num_envs
-        self.action_space = batch_space(self.envs[0].action_space, num_envs)
-
-    def reset(self, seed):
-        resets = [env.reset(seed=seed + i) for i, env in enumerate(self.envs)]
-        self.observations = np.stack([observation for observation, _ in resets])
-        self.over = np.zeros(self.num_envs, bool)
-        return self.observations.copy(), {}
-
-    def step(self, actions):
-        """Like a vector environment's. Raises Failed on a NaN, which would make Box2D abort.
-
-        Ctrl-C waits for the step to end: inside Box2D it may turn into a TypeError."""
-        if actions.shape != (len(self.envs), *self.action_space.shape[1:]):
-            raise Failed(
-                f"actions {actions.shape} of {len(self.envs)} open walkers, expected 4 each"
-            )
-        if not np.isfinite(actions).all():
-            raise Failed("an action is NaN or infinite, expected numbers in [-1, 1]")
-        rewards, pressed = np.zeros(self.num_envs), []
-        terminated, truncated = np.zeros((2, self.num_envs), bool)
-        handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-        try:
-            for i in np.flatnonzero(~self.over):
-                step = self.envs[i].step(actions[i])
-                self.observations[i], rewards[i], terminated[i], truncated[i], _ = step
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
-        self.over |= terminated | truncated
-        return self.observations.copy(), rewards, terminated, truncated, {}
-
-    def close(self):
-        while self.envs:
-            self.envs.pop().close()
-
-
-def make_envs(env_id, num_envs):
-    """CHANGE ME: the task, FALL (the only end with value 0), and the sizes 24, 4 and 28."""
-    return Walkers(env_id, num_envs)
-
-
-def make_expert(args):
-    """CHANGE ME: the expert, from a file that is never unpickled."""
-
-    def load(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-            check(size < 2**28, "unpacks to more than 256 MB")
-            about = json.loads(archive.read("data"))
-            file = io.BytesIO(archive.read("policy.pth"))
-            weights = torch.load(file, weights_only=True, map_location="cpu")
-        trained_on = about.get("env_id", args.env_id)  # stable-baselines3 does not say
-        check(trained_on == args.env_id, f"an expert for {trained_on}, expected {args.env_id}")
-        check(not about.get("use_sde"), "uses gSDE, expected a plain SAC or TD3")
-        activation = str(dict(about.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'"))
-        check(".ReLU'" in activation, f"layers with {activation}, expected ReLU")
-        critics = {name.split(".")[1] for name in weights if name.startswith("critic.")}
-        check(critics == {"qf0", "qf1"}, f"critics {sorted(critics)}, expected ['qf0', 'qf1']")
-        expert = Expert(weights)
-        check_finite(expert)
-        observations, actions = torch.zeros(1, 24), torch.zeros(1, 4)
-        check(expert.greedy(observations).shape == actions.shape, "wrong action size, expected 4")
-        values = expert.critics(observations, actions).shape
-        check(values == (2, 1), f"critics with outputs {tuple(values)}, expected two with one each")
-        return expert.requires_grad_(False)
-
-    shipped = Path(__file__).parent / "experts" / f"{args.env_id}_{args.expert}.zip"
-    path = shipped if args.expert in ("good", "weak") else Path(args.expert)
-    return read(path, load).to(args.device)
+def safe_step(env, action):
+    """Step it. Box2D ends the whole process if an action is NaN: raise Failed before that."""
+    if not np.isfinite(action).all():
+        raise Failed("an action is NaN or infinite: the policy has diverged")
+    return env.step(action)
 
 
 @torch.no_grad()
-def roll_in(envs, policy, expert, alpha, args):
-    """One trajectory from each environment, one after the other: a dict of (steps, ...).
+def roll_in(policy, expert, alpha, args):
+    """One trajectory from each environment: a dict of (steps, ...), one after the other.
 
     Each is started by the expert (with probability alpha) or the learner, with noise on the
-    actions. From a random step below --switch on, the expert alone walks it to its end: `tail`.
-    DAgger's have neither noise nor tail."""
-    below = EVALUATION_SEEDS - envs.num_envs  # evaluation's seeds are never trained on
-    observations, _ = envs.reset(seed=int(torch.randint(below, ())))
-    by_expert = torch.rand(envs.num_envs, 1) < alpha
-    switch = torch.randint(args.switch, (envs.num_envs, 1))
-    scale = args.noise * torch.rand(envs.num_envs, 1)
+    actions. From a random step below --switch on, the expert alone walks it to its end. DAgger's
+    have neither noise nor takeover. The environments are new: Box2D remembers earlier episodes."""
+    envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(args.num_envs)]
+    first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
+    observations = [env.reset(seed=first + i)[0] for i, env in enumerate(envs)]
+    observations = np.array(observations, np.float32)
+    by_expert = torch.rand(args.num_envs, 1) < alpha
+    switch = torch.randint(args.switch, (args.num_envs, 1))
+    scale = args.noise * torch.rand(args.num_envs, 1)
     if args.algorithm == "dagger":
         switch[:], scale[:] = 10**9, 0.0
-    noise, frames, running = torch.randn(envs.num_envs, 4), [], []
-    while not envs.over.all():
-        running.append(~envs.over)
-        seen = torch.as_tensor(observations, device=args.device)
+    noise = torch.randn(args.num_envs, len(policy.low))
+    frames, over = [], np.zeros(args.num_envs, bool)
+    while not over.all():
+        seen, running = torch.as_tensor(observations, device=args.device), ~over
         expert_actions, greedy = expert.greedy(seen).cpu(), policy.greedy(seen).cpu()
         chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
-        tail = len(frames) >= switch
-        actions = torch.where(tail, expert_actions, chosen.clamp(-1, 1)).numpy()
+        actions = torch.where(len(frames) >= switch, expert_actions, chosen.clamp(-1, 1))
         noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated in time, deviation 1
-        frame = {"observations": observations, "actions": actions, "tail": tail[:, 0].numpy()}
-        frame["expert_actions"] = expert_actions.numpy()
-        observations, rewards, *_ = envs.step(actions)
-        frame |= {"next_observations": observations, "rewards": rewards.astype(np.float32)}
-        frames.append({**frame, "fell": rewards <= FALL})
-    envs.close()
-    running = np.stack(running, 1)  # (envs, steps): picks the steps of one trajectory after another
+        frame = {"running": running, "observations": observations, "actions": actions.numpy()}
+        frame |= {"expert_actions": expert_actions.numpy(), "fell": np.zeros(args.num_envs, bool)}
+        frame["rewards"] = np.zeros(args.num_envs, np.float32)
+        observations, executed = observations.copy(), policy.to_env(actions.to(args.device))
+        for i in np.flatnonzero(running):
+            observations[i], reward, terminated, truncated, _ = safe_step(envs[i], executed[i])
+            frame["rewards"][i], over[i] = reward, terminated or truncated
+            frame["fell"][i] = is_fall(args.env_id, reward, terminated)
+        frames.append({**frame, "next_observations": observations})
+    for env in envs:
+        env.close()
     columns = {name: np.stack([frame[name] for frame in frames], 1) for name in frames[0]}
+    running = columns.pop("running")  # (envs, steps)
     batch = {name: torch.as_tensor(column[running]) for name, column in columns.items()}
-    batch["last"] = torch.zeros(len(batch["rewards"]), dtype=torch.bool)
-    batch["last"][torch.as_tensor(running.sum(1).cumsum() - 1)] = True
     following = batch["next_observations"].to(args.device)
     batch["next_expert_actions"] = expert.greedy(following).cpu()
     return batch
@@ -427,29 +309,7 @@ class Transitions:
         self.columns = state
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
-def cost_to_go(batch, gamma):
-    """For logging only: where the expert's cost-to-go is known, and the returns: (steps,) both.
-
-    It is known in the expert's tail. If that ends without a fall, the rewards stop although Q*
-    assumes that the walk goes on, so its last 5 / (1 - gamma) steps are left out."""
-    known, returns, begin = torch.zeros_like(batch["tail"]), [], 0
-    for end in (batch["last"].nonzero()[:, 0] + 1).tolist():
-        returns.append(discounted_returns(batch["rewards"][begin:end], gamma))
-        until = end if batch["fell"][end - 1] else max(begin, end - round(5 / (1 - gamma)))
-        known[begin:until] = batch["tail"][begin:until]
-        begin = end
-    return known, torch.cat(returns)
-
-
-@torch.no_grad()
-def agreement(critics, batch, args):
-    """Correlation of Q* with the cost-to-go that followed, over the expert's steps of `batch`."""
-    known, returns = cost_to_go(batch, args.gamma)
-    pairs = (batch[name][known].to(args.device) for name in ("observations", "actions"))
-    return correlation(critics(*pairs).mean(0).cpu(), returns[known])
+# --- updates --------------------------------------------------------------------------------------
 
 
 def descend(optimizer, loss):
@@ -474,9 +334,7 @@ def improve(policy, critics, optimizer, transitions, weight, args):
     critics.requires_grad_(False)  # saves computing their gradients
     total = torch.zeros((), device=args.device)
     for update in range(args.policy_updates):
-        if args.anneal:
-            left = 1 - update / args.policy_updates
-            optimizer.param_groups[0]["lr"] = args.policy_lr * left
+        optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - update / args.policy_updates)
         batch = transitions.sample(args.batch_size, args.device)
         states, expert_actions = batch["observations"], batch["expert_actions"]
         if args.algorithm == "dagger":
@@ -492,61 +350,60 @@ def improve(policy, critics, optimizer, transitions, weight, args):
 
 
 def train(args):
-    """Run the algorithm; returns what summary.json holds."""
+    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)
-    expert = run.expert
-    policy = Policy(args.hidden, args.std).to(args.device)
+    expert = run.expert.to(args.device)
+    inputs, outputs = run.sizes["inputs"], len(run.sizes["low"])
+    sizes = [inputs, args.hidden, args.hidden, outputs]
+    policy = Policy(sizes, "relu", run.sizes["low"], run.sizes["high"]).to(args.device)
     best = copy.deepcopy(policy)
-    critics = expert.critics
-    if args.refit_critic:
-        sizes = (28, args.critic_hidden, args.critic_hidden, 1)
-        critics = Critics(relu_mlp(*sizes) for _ in range(args.critics)).to(args.device)
+    sizes = [inputs + outputs, args.critic_hidden, args.critic_hidden, 1]
+    critics = Critics(sizes).to(args.device)
     ema = get_ema_multi_avg_fn(0.95)  # with 0.99 Q* rises too slowly
     target = AveragedModel(critics, multi_avg_fn=ema)
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
+    c_optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
     networks = {"policy": policy, "best": best, "critics": critics, "target": target}
-    optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    optimizers = {"optimizer": optimizer, "c_optimizer": c_optimizer}
     run.start(**networks, **optimizers, transitions=transitions)
 
-    while not run.finished:
-        alpha = max(0.0, 1 - run.count["updates"] / args.mixing)
-        envs = make_envs(args.env_id, args.num_envs)
-        batch = roll_in(envs, policy, expert, alpha, args)
-        if args.standardize and run.count["updates"] == 0:  # the expert began all
-            policy.network[0].measure(batch["observations"])
-            if args.refit_critic:
-                pairs = torch.cat([batch["observations"], batch["actions"]], -1)
-                critics.standardize.measure(pairs)
-                target.module.load_state_dict(critics.state_dict())  # for the first update
+    while run.steps < args.total_steps:
+        # 1. Roll in.
+        alpha = max(0.0, 1 - run.steps / MIXING)
+        batch = roll_in(policy, expert, alpha, args)
+        if args.standardize and run.steps == 0:  # the expert began all
+            policy.measure(batch["observations"])
+            pairs = torch.cat([batch["observations"], batch["actions"]], -1)
+            for network in critics.networks:
+                network.measure(pairs)
+            target.module.load_state_dict(critics.state_dict())  # for the first update
         transitions.add(batch)
-        run.count["env_steps"] += len(batch["rewards"])
-        run.count["updates"] += 1  # one iteration
+        run.env_steps += len(batch["rewards"])
+        run.steps += 1
 
+        # 2. Fit Q*.
         scalars = {"charts/alpha": alpha, "charts/falls": float(batch["fell"].sum())}
         if args.algorithm == "aggrevated":
-            scalars["critics/correlation_before"] = agreement(critics, batch, args)
-            if args.refit_critic:
-                scalars |= refit(critics, target, critic_optimizer, transitions, args)
-            scalars["critics/correlation_after"] = agreement(critics, batch, args)
-        weight = 1 - alpha  # at first the learner only imitates
-        scalars |= improve(policy, critics, optimizer, transitions, weight, args)
+            scalars |= refit(critics, target, c_optimizer, transitions, args)
+
+        # 3. Improve the policy. At first, while alpha is 1, the learner only imitates.
+        scalars |= improve(policy, critics, optimizer, transitions, 1 - alpha, args)
+
+        # 4. Validate, and keep the best policy.
         run.record(scalars, policy, best)
     return run.finish(best)
 
 
 # ==================================================================================================
-# The harness: flags, evaluation, run folder, main. It is no part of the algorithm, so read it once.
-# It is the other scripts' harness, except where this script queries an expert in place of reading
-# demonstrations, and where it validates. From above it uses TASKS, METRIC, CLOCK, BUDGET,
-# EVAL_EVERY, EVAL_ENVS, DEFAULTS, add_settings, Policy, make_envs, make_expert and train.
+# The harness: flags, files, evaluation, run folder, main. It is no part of the algorithm, and the
+# other scripts' text but where this one queries an expert and validates. From above it uses SCRIPT,
+# add_settings, Policy and train.
 # ==================================================================================================
 
-SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
-MAY_CHANGE = {BUDGET, "resume", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
+EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
+SOLVED = 0.95  # is a task at this share of the way from random to the expert
+MAY_CHANGE = "total_steps expert resume eval_every eval_episodes capture_video device no_progress"
 
 
 class BadInput(Exception):
@@ -554,7 +411,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
+    """A loss that is not finite: one line on stderr, exit status 1."""
 
 
 def check(condition, message):
@@ -562,194 +419,121 @@ def check(condition, message):
         raise BadInput(message)
 
 
-# --- flags ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def explained(subject):
+    """Whatever goes wrong inside becomes one line about the subject, a file or a flag."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        what = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        raise BadInput(f"{subject}: {what}{' '.join(str(error).split())[:300]}") from None
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+def say(text, stream=None):
+    """Print a line. A stream that is missing, closed or narrow must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise ValueError
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
     return parse
 
 
 def parse_args(argv=None):
-    """The flags; if a run is resumed, its settings take the place of the defaults."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
-    add_settings(parser)
-    flag = parser.add_argument_group("run").add_argument
-    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    """The settings, from a list of words or the command line; a resumed run brings its own."""
+    parser = argparse.ArgumentParser(SCRIPT + ".py", None, __doc__.splitlines()[0])
+    parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
+    parser.error = functools.partial(check, False)  # in place of 25 lines of usage
+    flag = parser.add_argument_group("task and run").add_argument
+    flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {BUDGET}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
-    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
-    flag("--out", default="runs", help="the folder that run folders go into")
-    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
+    flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
+    flag("--eval-every", type=number(int, 1), help="iterations between validations")
+    many = "a fifth of the greedy episodes at the end, by the expert as well"
+    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
-    flag("--render", action="store_true", help="at the end, three episodes in a window")
-    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
+    add_settings(parser, argv)
     args = parser.parse_args(argv)
-    check("" not in (args.resume, args.evaluate), "--resume or --evaluate: expected a name")
+    check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
-        saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
-        args = parser.parse_args(argv, argparse.Namespace(**saved))
-        fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
+        saved = load(Path(args.resume, "checkpoint.pt"))
+        with explained(args.resume):
+            parser.set_defaults(**(saved := saved["args"]))
+        args = parser.parse_args(argv)
+        changed = {name for name in saved if getattr(args, name) != saved[name]}
+        fixed = changed - set(MAY_CHANGE.split())
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
-    for name, defaults in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, dict(zip(TASKS, defaults))[args.env_id])
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
     return args
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
-    try:
-        return reader(Path(path))
-    except Exception as error:  # damaged files fail in as many ways as there are readers
-        reason = " ".join(str(error).split())[:240]  # it may quote the file
-        if not isinstance(error, BadInput):
-            reason = f"cannot be read: {type(error).__name__}: {reason.partition('. ')[0]}"
-        raise BadInput(f"{path}: {reason}") from None
 
 
 def write(path, writer):
     """Write what `writer(file)` writes: the whole file or nothing."""
-    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
-    writer(content)
-    with open(temporary, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
+    """Strict JSON: NaN and infinity become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def write_checkpoint(path, state):
-    """Write the state, followed by its digest so that a damaged file is noticed."""
-
-    def writer(file):
-        torch.save({"script": SCRIPT, **state}, file)
-        file.write(sha256(file.getvalue()).digest())
-
-    write(path, writer)
-
-
-def read_checkpoint(path):
-    content = path.read_bytes()
-    state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
-    state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-    check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
-    return state
+def load(path):
+    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
+    with explained(path):
+        with zipfile.ZipFile(path) as archive:
+            check(archive.testzip() is None, "damaged, expected the file as it was written")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
+        check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+        return saved
 
 
-def read_policy(path):
-    """The environment's id and the policy of a policy.pt."""
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
-    check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
-        policy = Policy(**saved["network"])
-    policy.load_state_dict(saved["weights"], assign=True)
-    check_finite(policy.float())
-    return saved["env_id"], policy
-
-
-def check_finite(network):
-    sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected finite ones")
+def load_policy(path):
+    """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
+    saved = load(path)
+    with explained(path):
+        policy = Policy(**saved["settings"])
+        policy.load_state_dict(saved["weights"])
+        sound = all(x.isfinite().all() for x in policy.state_dict().values())
+        check(sound, "weights that are NaN or infinite, expected finite ones")
+        return policy, saved["env_id"]
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not favoured.
-
-    `act` maps observations to actions, one row per environment; None acts at random."""
-    played = []
-    while len(played) < episodes:
-        envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
-        envs.action_space.seed(seed + len(played))
-        observations, _ = envs.reset(seed=seed + len(played))
-        running, frames = np.ones(envs.num_envs, bool), []
-        while running.any():
-            actions = act(observations) if act else envs.action_space.sample()
-            frame = (running.copy(), observations, actions)
-            observations, rewards, terminated, truncated, _ = envs.step(actions)
-            frames.append((*frame, rewards, terminated))
-            running &= ~(terminated | truncated)
-        envs.close()
-        running, *columns = (np.stack(column, 1) for column in zip(*frames))
-        names = ("observations", "actions", "rewards", "terminated")
-        for i, steps in enumerate(running):
-            played.append({name: column[i, steps] for name, column in zip(names, columns)})
-            played[-1]["terminated"] = bool(played[-1]["terminated"][-1])
-    return played
-
-
-def statistics(episodes):
-    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    result = {
-        "return_mean": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
-        "episodes": len(episodes),
-    }
-    if METRIC == "success_rate":  # a task that pays for success alone
-        result["success_rate"] = float((returns > 0).mean())
-    return result
-
-
-def squared_energy_distance(x, y):
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
-    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
-
-
-def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
-    if not held_out:
-        return dict.fromkeys(samples)
-    space = gym.make(env_id).action_space
-
-    def pairs(episodes):
-        observations, actions = tensors(episodes)
-        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
-        if isinstance(space, gym.spaces.Discrete):
-            actions = torch.eye(int(space.n))[actions]
-        return torch.cat([observations[rows], actions[rows]], -1).double()
-
-    expert = pairs(held_out)
-    mean, std = expert.mean(0), expert.std(0)
-    std = std.where(std > 0, 1.0)
-    distances = {
-        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
-        for name, episodes in samples.items()
-    }
-    return {name: distance / distances["random"] for name, distance in distances.items()}
+def sizes(env_id):
+    """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
+    with explained(f"--env-id {env_id}"), gym.make(env_id) as env:
+        seen, taken = env.observation_space, env.action_space
+        flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
+        check(flat, f"observations {seen}, expected a flat Box of floats")
+        if isinstance(taken, Discrete):
+            low, high = int(taken.start), int(taken.start + taken.n) - 1
+        else:
+            bounded = isinstance(taken, Box) and len(taken.shape) == 1 and taken.is_bounded()
+            check(bounded, f"actions {taken}, expected Discrete or a bounded, flat Box")
+            low, high = taken.low.tolist(), taken.high.tolist()
+        return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
 def tensors(episodes, device="cpu"):
@@ -759,235 +543,348 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(array, device=device) for array in arrays]
 
 
-# --- run folder -----------------------------------------------------------------------------------
+class SideBySide:
+    """Single environments with a vector's interface. One whose episode is over rests, so that an
+    evaluation costs no more steps than its episodes have."""
+
+    def __init__(self, env_id, num_envs, videos=None):
+        settings = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if videos else {})}
+        self.envs = [gym.make(env_id, **settings) for _ in range(num_envs)]
+        if videos:
+            named = enumerate(self.envs)
+            self.envs = [RecordVideo(env, f"{videos}/{i}", disable_logger=True) for i, env in named]
+        self.action_space = batch_space(self.envs[0].action_space, num_envs)
+        self.observations = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        self.running = np.zeros(num_envs, bool)
+
+    def begin(self, i, seed):
+        self.observations[i], _ = self.envs[i].reset(seed=seed)
+        self.running[i] = True
+
+    def reset(self, seed):
+        for i in range(len(self.envs)):
+            self.begin(i, seed + i)
+        return self.observations.copy(), {}
+
+    def step(self, actions):
+        rewards, success = np.zeros((2, len(self.envs)))
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        for i in np.flatnonzero(self.running):
+            after, rewards[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
+            self.observations[i], success[i] = after, info.get("is_success", np.nan)
+        self.running &= ~(terminated | truncated)
+        return self.observations.copy(), rewards, terminated, truncated, {"is_success": success}
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+def play(act, env_id, episodes, seed, videos=None):
+    """The first episode of each of many new environments: a list of dicts of arrays.
+
+    `act` maps observations to actions, one row for each environment; None acts at random. They are
+    filmed if `videos` is a folder."""
+    vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
+    in_numpy = vector.startswith("gymnasium.") and not videos  # CartPole: 20 times as fast
+    at_once = 500 if in_numpy else 5  # some simulators take 30 MB each
+    if episodes > at_once:
+        rest = play(act, env_id, episodes - at_once, seed + at_once)
+        return play(act, env_id, at_once, seed) + rest
+    if in_numpy:
+        envs = gym.make_vec(env_id, episodes, vectorization_mode="vector_entry_point")
+    else:
+        envs = SideBySide(env_id, episodes, videos)
+    envs.action_space.seed(seed)
+    observations, _ = envs.reset(seed=seed)
+    running, frames = np.ones(episodes, bool), []
+    while running.any():
+        seen = observations.astype(np.float32)
+        actions = act(seen) if act else envs.action_space.sample()
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        success = info.get("is_success", np.full(episodes, np.nan))
+        frames.append((running.copy(), seen, actions, rewards, terminated, success))
+        running &= ~(terminated | truncated)
+    envs.close()
+    running, *columns = (np.stack(column, 1) for column in zip(*frames))
+    names = ("observations", "actions", "rewards", "terminated", "is_success")
+    return [dict(zip(names, (x[i, running[i]] for x in columns))) for i in range(episodes)]
+
+
+def statistics(episodes):
+    with np.errstate(all="ignore"):  # rewards may be infinite
+        returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+        result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    result["length_mean"] = float(np.mean([len(episode["rewards"]) for episode in episodes]))
+    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
+    if not np.isnan(success):  # the task tells it
+        result["success_rate"] = float(success)
+    return {**result, "episodes": len(episodes)}
+
+
+def describe(result):
+    shown = {"return_mean": "return {:.1f}", "return_std": "+- {:.1f}"}
+    shown |= {"success_rate": "success {:.0%}", "occupancy_distance": "occupancy distance {:.4f}"}
+    known = [name for name in shown if result.get(name) is not None]
+    return "  ".join(shown[name].format(result[name]) for name in known)
+
+
+def squared_energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
+    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
+
+
+def occupancy_distances(held_out, samples):
+    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
+
+    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
+
+    def pairs(episodes):
+        observations, actions = tensors(episodes)
+        if actions.ndim == 1:  # Discrete: one-hot
+            actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
+        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        return torch.cat([observations[rows], actions[rows]], -1).double()
+
+    if not held_out:
+        return dict.fromkeys(samples)
+    expert = pairs(held_out)
+    unit = expert.std(0).where(expert.std(0) > 0, 1.0)
+    distances = {
+        name: squared_energy_distance(pairs(episodes) / unit, expert / unit)
+        for name, episodes in samples.items()
+    }
+    return {name: distance / distances["random"] for name, distance in distances.items()}
+
+
+def judge(curve, random, expert, learner):
+    """The validation that solved it (the first good one, or else the best), and a verdict."""
+    goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
+    if not learner["return_mean"] >= goal:
+        return {}, f"not solved: return {learner['return_mean']:.4g} of {goal:.4g}"
+    best = max(curve, key=lambda point: point["return_mean"])
+    first = next((point for point in curve if point["return_mean"] >= goal), best)
+    return first, f"solved at {first['steps']:,} steps, {first['wall_seconds']:.1f} s"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random. A run without a picture is still good."""
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes, curve = figure.subplots(), summary["curve"]
+        steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
+        axes.plot(steps, returns, "o-", markersize=3, label="learner")
+        for name, style in (("expert", "--"), ("random", ":")):
+            axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
+        title = f"{SCRIPT} on {summary['args']['env_id']}, seed {summary['args']['seed']}"
+        axes.set(xlabel="steps", ylabel="mean return of an episode", title=title)
+        axes.legend()
+        write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except Exception as error:  # MPLBACKEND, fonts: faults of the surroundings
+        say(f"{path.name} could not be drawn: {error}")
+
+
+def film(policy, env_id, folder):
+    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
+    with explained("--capture-video"):
+        play(policy.act, env_id, 3, EVALUATION_SEEDS, str(folder / "videos"))
+
+
+# --- a run ----------------------------------------------------------------------------------------
 
 
 class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that Ctrl-C prints
+    active, training, stopped_by = None, False, 0  # the last run, and the signal that is to end it
+    kept = ("steps", "env_steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        began = time.perf_counter()
-        self.args, self.curve, self.seconds = args, [], 0.0
-        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        name = args.run_name or f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        self.folder = Path(args.resume or Path(args.out, name))
-        fresh = args.resume or not self.folder.exists()
-        check(fresh, f"{self.folder}: exists already, expected a new folder")
-        self.expert = make_expert(args)
-        weights = (x.cpu().numpy().tobytes() for x in self.expert.state_dict().values())
+        self.args, self.began, Run.active = args, time.perf_counter(), None
+        plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
+        vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
+        self.sizes = sizes(args.env_id)
+        here = Path(globals().get("__file__", "script")).resolve().parent
+        shipped = here / "experts" / f"{args.env_id}_{args.expert}.pt"
+        path = shipped if shipped.exists() else Path(args.expert)
+        self.expert, trained_on = load_policy(path)
+        wanted = args.env_id.split(":")[-1]
+        check(trained_on == wanted, f"{path}: for {trained_on}, expected {wanted}")
+        layers, low, high = (self.expert.settings[name] for name in ("sizes", "low", "high"))
+        found = {"inputs": layers[0], "low": low, "high": high}
+        check(found == self.sizes, f"{path}: {found}, expected {self.sizes}")
+        weights = (x.numpy().tobytes() for x in self.expert.state_dict().values())
         self.digest = sha256(b"".join(weights)).hexdigest()
-        seed = EVALUATION_SEEDS + 1_000 * args.seed + 500  # as in the final evaluation, for pairing
-        episodes = play(self.expert.act, args.env_id, args.expert_episodes, seed)
-        print(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes", flush=True)
+        episodes = final_episodes(self.expert.act, args, args.env_id)
+        say(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes")
         cut = len(episodes) - len(episodes) // 5
         self.not_held_out, self.held_out = episodes[:cut], episodes[cut:]
+        self.steps, self.env_steps, self.seconds, self.curve = 0, 0, 0.0, []
         torch.manual_seed(args.seed)
-        self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
-        self.parts, args = parts, self.args
+        args, self.parts = self.args, parts
+        name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+        default = Path("runs", name.replace("/", "_").replace(":", "_"))
+        self.folder = Path(args.resume or args.out or default)
         if args.resume:
-            read(self.folder / "checkpoint.pt", self.load)
-            evaluated = self.curve or not self.finished
-            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
+            path = self.folder / "checkpoint.pt"
+            state = load(path)
+            with explained(path):
+                check(state["digest"] == self.digest, "what its run learnt from has changed")
+                for name, part in parts.items():
+                    part.load_state_dict(state["parts"][name])
+                vars(self).update({name: state[name] for name in self.kept})
+                torch.set_rng_state(state["rng"])
         else:
+            check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
         write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
-        now = self.count[CLOCK]
-        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
-        Run.latest = self
-        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
-        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
-        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+        say(f"run     {self.folder}")
+        hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
+        self.setup_seconds = time.perf_counter() - self.began
+        self.clock = time.perf_counter() - self.seconds
+        Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
-        state |= {"seconds": self.seconds, "digest": self.digest, "rng": torch.get_rng_state()}
-        if self.args.device == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        write_checkpoint(self.folder / "checkpoint.pt", state)
-
-    def load(self, path):
-        state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.count, self.curve, self.seconds = (state[k] for k in ("count", "curve", "seconds"))
-        torch.set_rng_state(state["rng"])
-        if self.args.device == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-    @property
-    def finished(self):
-        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+        state = {name: getattr(self, name) for name in self.kept}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):
-        """End an iteration: log it, validate and save when due. Raises Failed on a NaN loss."""
-        now, every = self.count[CLOCK], self.args.eval_every
+        """End an iteration: log it; validate, save and stop when due. Raises Failed on a NaN."""
+        args, now = self.args, self.steps
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
-                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+                saved = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at step {now}; {saved}")
             self.log.add_scalar(tag, value, now)
-        due = self.finished or now // every > self.count["evaluated"] // every
+        due = now >= args.total_steps or now % args.eval_every == 0
         if due:
-            result = self.evaluate(policy, 0, self.args.validation_episodes)
-            self.seconds = time.perf_counter() - self.clock
-            if result[METRIC] >= max([point[METRIC] for point in self.curve], default=-math.inf):
-                best.load_state_dict(policy.state_dict())
-            self.count["evaluated"] = now
-            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
-            for name in ("return_mean", "return_std", "success_rate"):
-                if name in result:
-                    self.log.add_scalar(f"eval/{name}", result[name], now)
-            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
-        if due or time.perf_counter() - self.saved > 10:
+            self.evaluate(policy, best, scalars)
+        if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             self.save()
-            self.saved = time.perf_counter()
-        self.bar.update(min(now, self.bar.total) - self.bar.n)
+        self.bar.update(min(now, args.total_steps) - self.bar.n)
+        if Run.stopped_by:
+            raise KeyboardInterrupt
         self.clock = time.perf_counter() - self.seconds  # saving does not count
 
-    def evaluate(self, policy, offset, episodes):
-        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
-        self.played = play(policy.act, self.args.env_id, episodes, seed)
-        return statistics(self.played)
+    def evaluate(self, policy, best, scalars):
+        """Validate, and keep the best policy; keep, log and print the result; write policy.pt."""
+        args, seed = self.args, EVALUATION_SEEDS + 10_000 * self.args.seed
+        result = statistics(play(policy.act, args.env_id, args.validation_episodes, seed))
+        self.seconds = time.perf_counter() - self.clock  # validating is part of the algorithm
+        if result["return_mean"] >= max([x["return_mean"] for x in self.curve], default=-math.inf):
+            best.load_state_dict(policy.state_dict())
+        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
+            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
+        point = {"steps": self.steps, "env_steps": self.env_steps, "wall_seconds": self.seconds}
+        self.curve.append({**point, **result, **scalars})
+        saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
+        saved |= {"settings": best.settings, "weights": best.state_dict()}
+        write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
+        self.bar.clear()
+        say(f"{self.steps:>9,} steps  {describe(result)}")
 
     def finish(self, policy):
-        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
-        args, folder, env_id = self.args, self.folder, self.args.env_id
+        """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
+        args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
-        saved["weights"] = policy.state_dict()
-        write(folder / "policy.pt", lambda file: torch.save(saved, file))
-        results = {"learner": self.evaluate(policy, 500, args.eval_episodes)}
-        samples = {"learner": self.played, "expert": self.not_held_out}
-        samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
-        results["random"] = statistics(samples["random"])
+        samples = {"random": final_episodes(None, args, args.env_id)}
+        samples |= {"expert": self.not_held_out}
+        samples["learner"] = final_episodes(policy.act, args, args.env_id)
+        results = {name: statistics(episodes) for name, episodes in samples.items()}
         experts = self.not_held_out + self.held_out
         results["expert"] = statistics(experts)
-        distances = occupancy_distances(env_id, self.held_out, samples)
-        for name, result in results.items():
-            result["occupancy_distance"] = distances[name]
-        both = ([e["rewards"].sum() for e in episodes] for episodes in (self.played, experts))
-        gains = np.array([ours - theirs for ours, theirs in zip(*both)])  # on the same seeds
-        solved, verdict = self.judge(results["learner"])
+        for name, distance in occupancy_distances(self.held_out, samples).items():
+            results[name]["occupancy_distance"] = distance
+        both = (np.array([e["rewards"].sum() for e in x]) for x in (samples["learner"], experts))
+        gains = np.subtract(*both)  # on the same seeds
+        solved, verdict = judge(self.curve, **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
-        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
-        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
-        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary |= {"paired_differences": gains.tolist(), "curve": self.curve}
-        summary["solved_at_env_steps"] = solved.get("env_steps")
-        summary["solved_at_seconds"] = solved.get("wall_seconds")
-        summary["verdict"] = verdict
+        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+        versions["python"] = platform.python_version()
+        seconds = {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions, **results, **seconds}
+        summary |= {"steps": self.steps, "solved_at_steps": solved.get("steps")}
+        summary |= {"solved_at_seconds": solved.get("wall_seconds"), "env_steps": self.env_steps}
+        summary |= {"paired_differences": gains.tolist(), "curve": self.curve, "verdict": verdict}
         write_json(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        show(policy, args, folder)
-        for name in ("random", "expert", "learner"):
-            print(f"{name:8}{describe(results[name])}")
-        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        for name, result in results.items():
+            say(f"{name:8}{describe(result)}")
+        say(f"verdict {verdict}\nrun     {folder}")
+        if args.capture_video:
+            film(policy, args.env_id, folder)
         return summary
 
-    def judge(self, learner):
-        """The validation that solved it (the first good one, or else the best), and a verdict.
 
-        The first is empty if the kept policy is not good in the final evaluation."""
-        good = TASKS[self.args.env_id]
-        if learner[METRIC] < good:
-            return {}, f"not solved: {METRIC} {learner[METRIC]:.4g} of {good:g}"
-        kept = max(self.curve, key=lambda point: point[METRIC])
-        first = next((point for point in self.curve if point[METRIC] >= good), kept)
-        return first, f"solved at {first[CLOCK]:,} {BUDGET}, {first['wall_seconds']:.1f} s"
-
-
-def versions():
-    names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
-
-
-def describe(result):
-    if result is None:
-        return "unknown: the demonstrations hold no rewards"
-    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
-    if "success_rate" in result:
-        text += f", success {result['success_rate']:.0%}"
-    distance = result.get("occupancy_distance")
-    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
-
-
-def draw(summary, path):
-    """The learning curve, with expert and random as lines."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes, curve = figure.subplots(), summary["curve"]
-    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
-    axes.plot(x, y, "o-", markersize=3, label="learner")
-    for name, style in (("expert", "--"), ("random", ":")):
-        if summary[name]:
-            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
-    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
-    axes.legend()
-    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def show(policy, args, folder):
-    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
-    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
-        try:
-            env = gym.make(args.env_id, render_mode=mode)
-            if mode == "rgb_array":
-                env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
-            with env:
-                for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
-                    (observation, _), over = env.reset(seed=seed), False
-                    while not over:
-                        action = policy.act(observation[None])[0]
-                        observation, _, terminated, truncated, _ = env.step(action)
-                        over = terminated or truncated
-        except Exception as error:  # no display, no encoder: each backend has errors of its own
-            raise Failed(f"showing the policy failed: {error}") from error
-
-
-# --- main -----------------------------------------------------------------------------------------
+def final_episodes(act, args, env_id):
+    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000
+    return play(act, env_id, 5 * args.eval_episodes, seed)
 
 
 def evaluate_file(args):
-    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
-    args.env_id, policy = read(args.evaluate, read_policy)
+    """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
+    policy, env_id = load_policy(args.evaluate)
+    env_id = args.env_id if args.env_id.endswith(f":{env_id}") else env_id
+    sizes(env_id)
+    torch.manual_seed(args.seed)
     policy.to(args.device)
-    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
-    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-    write_json(folder / "evaluation.json", result)
-    show(policy, args, folder)
-    episodes = f"{result['episodes']} episodes of {args.env_id}"
-    print(f"{args.evaluate}: {describe(result)} over {episodes}")
+    results = {}
+    for name in ("greedy", "sampled"):
+        act = functools.partial(policy.act, sample=name == "sampled")
+        with explained(args.evaluate):  # a policy whose task has other sizes
+            results[name] = statistics(final_episodes(act, args, env_id))
+        say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
+    folder = Path(args.out or Path(args.evaluate).parent)
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", results)
+    if args.capture_video:
+        film(policy, env_id, folder)
+
+
+def stop(number, frame):
+    """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
+    at_once, Run.stopped_by = Run.stopped_by or not Run.training, number
+    if at_once:
+        raise KeyboardInterrupt
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # no stream, or one of another kind
+            stream.reconfigure(errors="replace")
+    with contextlib.suppress(ValueError):  # only a main thread may handle signals
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+    torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     try:
         args = parse_args(argv)
-        torch.set_num_threads(args.num_threads)
-        if args.evaluate:
-            evaluate_file(args)
-        else:
-            train(args)
+        evaluate_file(args) if args.evaluate else train(args)
         return 0
-    except (BadInput, Failed, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (BadInput, Failed, OSError, UnicodeError) as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "the same command as before"
-        if Run.latest:
-            command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
-        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
-        return 130
+        words = [sys.executable, *sys.argv]
+        if Run.active:
+            words[2:] = ["--resume", str(Run.active.folder)]
+        say(f"{SCRIPT}.py: stopped; go on with: {shlex.join(words)}", sys.stderr)
+        return 128 + (Run.stopped_by or signal.SIGINT)
 
 
 if __name__ == "__main__":

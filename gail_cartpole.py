@@ -1,4 +1,4 @@
-"""GAIL on CartPole: learn to balance a pole from one demonstration, without ever seeing a reward.
+"""GAIL: learn a task from one demonstration of an expert, without ever seeing a reward.
 
 Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476,
 Algorithm 1) repeats:
@@ -7,13 +7,16 @@ Algorithm 1) repeats:
     3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
     4. take a policy gradient step, PPO or REINFORCE, on that reward.
 
-    python gail_cartpole.py --total-steps 20000      a look around: a few seconds
-    python gail_cartpole.py                          the default run
-    python gail_cartpole.py --resume runs/FOLDER     resume a run where it stopped
+    python gail_cartpole.py --total-steps 20000       a look around: a few seconds
+    python gail_cartpole.py                           the default run on CartPole: ten seconds
+    python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
+    python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
+    python gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz     a task of yours; with uv:
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz
 
-Expect a return of 500. By itself that proves nothing: `--control constant-reward` learns nothing
-from the expert and balances too. `occupancy_distance` in summary.json tells them apart: 0 matches
-the expert, 1 is as far off as a random policy. docs/gail_cartpole.md has the results.
+On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward`
+learns nothing from the expert and balances too. `occupancy_distance` in summary.json tells them
+apart: 0 matches the expert, 1 is as far off as a random policy. Results: docs/gail_cartpole.md.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 keeps its logits small; (3) twenty D updates per rollout; (4) the entropy bonus is weighed against
@@ -28,8 +31,6 @@ normalised advantages, not against the reward; (5) an average of the policies is
 #     "matplotlib>=3.8",
 #     "moviepy>=2",
 #     "numpy>=1.26",
-#     "rich>=13",
-#     "stable-baselines3>=2.6",
 #     "tensorboard>=2.16",
 #     "torch==2.13.0",
 #     "tqdm>=4.66",
@@ -37,14 +38,17 @@ normalised advantages, not against the reward; (5) an average of the policies is
 # ///
 
 import argparse
-import importlib.metadata
-import io
+import contextlib
+import functools
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
+import threading
 import time
 import zipfile
 from datetime import datetime
@@ -54,64 +58,59 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import RecordVideo
-from matplotlib.figure import Figure
 from torch import nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Independent, Normal
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TASKS = {"CartPole-v1": 495.0, "CartPole-v0": 198.0}  # solved if METRIC >= this
-# The metric, the unit of progress, the flag that limits it, and how often to evaluate:
-METRIC, CLOCK, BUDGET, EVAL_EVERY = "return_mean", "env_steps", "total_steps", 5_000
-EVAL_ENVS, NUM_DEMOS = 500, 1
-DEMOS = "{env_id}_{expert}.npz"  # in experts/; if missing, made in --out
-RECIPES = {  # REINFORCE: one large step per rollout, and less variance from a shorter horizon
-    "ppo": dict(total_steps=100_000, num_envs=16, num_steps=64, policy_lr=3e-3, gamma=0.99),
-    "reinforce": dict(total_steps=500_000, num_envs=8, num_steps=125, policy_lr=1e-2, gamma=0.97),
-}
-FINAL_LR = 0.02  # policy and critic step sizes fall to this share by the end of the default budget
+SCRIPT = "gail_cartpole"
+LEAST_LOG_STD = -2.0  # a narrower Gaussian would make single pairs weigh too much
+FINAL_LR = 0.02  # the policy's and the critic's step sizes fall to this share, over --schedule
+# REINFORCE: one large step per rollout, and less variance from a shorter horizon.
+REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
+REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97}
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
-def add_settings(parser):
-    """The algorithm's flags. `number`, like `check`, `tensors` and `Run`, is in the harness."""
-
-    def recipes(help, name):
-        return f"{help} (default: {', '.join(f'{r[name]:,} with {k}' for k, r in RECIPES.items())})"
-
-    flag = parser.add_argument_group("expert").add_argument
-    flag("--expert", choices=("ppo", "dqn"), default="ppo", help="trained by stable-baselines3")
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
-    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+def add_settings(parser, argv):
+    """The algorithm's flags. `number`, `tensors` and `Run` are in the harness."""
+    parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--policy-gradient", choices=RECIPES, default="ppo", help="for step 4 above")
-    flag("--total-steps", type=number(int, 1), help=recipes("environment steps", "total_steps"))
-    flag("--num-envs", type=number(int, 1), help=recipes("environments at once", "num_envs"))
-    flag("--num-steps", type=number(int, 3), help=recipes("steps of each per rollout", "num_steps"))
-    flag("--policy-lr", type=number(float, 0), help=recipes("Adam's first step size", "policy_lr"))
+    algorithm = "for step 4 above; reinforce has defaults of its own: REINFORCE in the script"
+    flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help=algorithm)
+    flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
+    fall = "environment steps over which the policy's and the critic's step sizes fall"
+    flag("--schedule", type=number(int, 1), default=100_000, help=fall)
+    flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
+    flag("--num-steps", type=number(int, 3), default=64, help="steps of each in a rollout")
+    flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's first step size")
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
-    flag("--gamma", type=number(float, 0, 0.9999), help=recipes("discount factor", "gamma"))
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs per step")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
+    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    absorbing = "let D judge the state after a fall; otherwise its value is 0"
-    flag("--absorbing", action=argparse.BooleanOptionalAction, default=False, help=absorbing)
+    ends = "let D judge what follows an end, in place of value 0; auto: if demonstrations terminate"
+    flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
+    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+    if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
+        parser.set_defaults(**REINFORCE)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -125,66 +124,104 @@ def mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
-class Policy(nn.Module):
-    """CHANGE ME: a softmax policy; observations (..., 4) -> a distribution over two actions."""
+class Standardise(nn.Module):
+    """Observations in units of the expert's deviations, at most 10 of them: (..., size) both."""
 
-    def __init__(self, hidden):
+    def __init__(self, size):
         super().__init__()
-        self.settings = {"hidden": hidden}
-        self.network = mlp(4, hidden, hidden, 2)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+
+    def measure(self, sample):
+        """By a sample, (n, size). What never varies in it keeps its own units."""
+        deviation, mean = torch.std_mean(sample, 0, correction=0)
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation.where(deviation > 1e-6, 1.0))
 
     def forward(self, observations):
-        return Categorical(logits=self.network(observations), validate_args=False)
+        return ((observations - self.mean) / self.deviation).clamp(-10, 10)
+
+
+class Policy(nn.Module):
+    """A softmax over Discrete actions, or a Gaussian over a Box's, scaled to [-1, 1].
+
+    Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
+    `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
+
+    def __init__(self, inputs, low, high, hidden):
+        super().__init__()
+        self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
+        self.discrete = isinstance(low, int)
+        outputs = high - low + 1 if self.discrete else len(low)
+        self.standardise = Standardise(inputs)
+        self.network = mlp(inputs, hidden, hidden, outputs)
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+        self.register_buffer("high", torch.tensor(high), persistent=False)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))
+
+    def forward(self, observations):
+        outputs = self.network(self.standardise(observations))
+        if self.discrete:
+            return Categorical(logits=outputs, validate_args=False)
+        std = self.log_std.clamp(min=LEAST_LOG_STD).exp().expand_as(outputs)
+        return Independent(Normal(outputs, std, validate_args=False), 1, validate_args=False)
 
     @torch.no_grad()
-    def act(self, observations):
-        """The greedy actions, NumPy in and out: (batch, 4) -> (batch,)."""
-        device = self.network[0].weight.device
-        return self.network(torch.as_tensor(observations, device=device)).argmax(-1).cpu().numpy()
+    def act(self, observations, sample=False):
+        """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, ...)."""
+        observations = np.ascontiguousarray(observations, np.float32)
+        distribution = self(torch.from_numpy(observations).to(self.low.device))
+        return self.to_env(distribution.sample() if sample else distribution.mode)
+
+    def to_env(self, actions):
+        """From the policy's own actions to the environment's, as NumPy: (..., size) both."""
+        if self.discrete:
+            return (actions + self.low).cpu().numpy()
+        return torch.lerp(self.low, self.high, (actions.clamp(-1, 1) + 1) / 2).cpu().numpy()
+
+    def from_env(self, actions):
+        """The inverse of to_env, as a tensor."""
+        if self.discrete:
+            return actions - self.low
+        return 2 * (actions - self.low) / (self.high - self.low) - 1
 
 
 class Discriminator(nn.Module):
     """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...)."""
 
-    def __init__(self, hidden, mean, std):
+    def __init__(self, policy, hidden):
         super().__init__()
-        self.network = mlp(len(mean), hidden, hidden, 1)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.standardise, self.discrete = policy.standardise, policy.discrete
+        self.actions = policy.network[-1].out_features
+        self.network = mlp(policy.settings["inputs"] + self.actions + 1, hidden, hidden, 1)
 
     def forward(self, pairs):
-        return self.network(self.standardise(pairs)).squeeze(-1)
+        return self.network(pairs).squeeze(-1)
 
-    def standardise(self, pairs):
-        return (pairs - self.mean) / self.std
+    def pairs(self, observations, actions):
+        """What D sees: the observation, standardised; the action, one-hot or as it is executed;
+        and 0 for "not absorbing". (..., inputs), (..., action) -> (..., size of a pair)"""
+        actions = F.one_hot(actions, self.actions) if self.discrete else actions.clamp(-1, 1)
+        flag = torch.zeros_like(observations[..., :1])
+        return torch.cat([self.standardise(observations), actions, flag], -1)
+
+    def absorbing_pair(self):
+        """The pair that stands for the state after an end: all 0, and 1 for the flag. (1, size)"""
+        weight = self.network[0].weight
+        return torch.eye(weight.shape[1], device=weight.device)[-1:]
+
+    def add_absorbing_pairs(self, pairs, ends, gamma):
+        """Add the absorbing pair 1 / (1 - gamma) times for each end: (n, size) -> (more, size).
+
+        After an end the absorbing state lasts for ever. Discounted, that is as much as 1 + gamma +
+        gamma^2 + ... = 1 / (1 - gamma) steps, and so is its share of what D should see.
+        DEVIATION: DAC (Kostrikov et al. 2019) adds one pair for each end."""
+        rows = round(float(ends) / (1 - gamma))
+        return torch.cat([pairs, self.absorbing_pair().expand(rows, -1)])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
-
-
-def make_pairs(observations, actions):
-    """(..., 4), (...) -> (..., 7): the observation, the action one-hot, 0 for "not absorbing"."""
-    one_hot = F.one_hot(actions, 2)
-    return torch.cat([observations, one_hot, torch.zeros_like(one_hot[..., :1])], -1)
-
-
-def standardisation(observations):
-    """Mean and deviation of the observations; 0 and 1 for action and flag: (n, 4) -> (7,) both."""
-    std, mean = torch.std_mean(observations, 0)
-    return F.pad(mean, (0, 3)), F.pad(std + 1e-6, (0, 3), value=1.0)
-
-
-def absorbing_pair(pairs):
-    """The pair that stands for a terminated episode, 0 except for the flag: (1, size)."""
-    return torch.eye(pairs.shape[-1], device=pairs.device)[-1:]
-
-
-def add_absorbing_pairs(pairs, ends, gamma):
-    """Add one absorbing pair per discounted step after each end: (n, size) -> (n + more, size).
-
-    DEVIATION: DAC (Kostrikov et al. 2019) adds one per end."""
-    rows = round(float(ends) / (1 - gamma))
-    return torch.cat([pairs, absorbing_pair(pairs).expand(rows, -1)])
 
 
 def discriminator_loss(expert_logits, policy_logits):
@@ -195,13 +232,11 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
 
-    Mixtures with an absorbing pair are left out: it lies near the expert's pairs, and the penalty
-    would tie its logit to theirs. -> ()"""
+    The mask leaves out mixtures with an absorbing pair: that lies near the expert's mean pair, and
+    the penalty would tie its logit to theirs. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
-    between = mix * expert_pairs + (1 - mix) * policy_pairs
-    between = discriminator.standardise(between).requires_grad_()
-    logits = discriminator.network(between)
-    (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
+    between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     real = between[:, -1] == 0
     return ((gradient.norm(dim=-1) - 1).square() * real).mean()
 
@@ -240,97 +275,94 @@ def reinforce_loss(log_probs, advantages):
     return -(log_probs * advantages).mean()
 
 
-def recent_average(average, weights, number):
-    """The mean of all weights so far, the k-th counted k times; `number` came before these.
-
-    The weighting is that of Lacoste-Julien et al. 2012, for strongly convex problems."""
-    return average + 2 / (number + 2) * (weights - average)
-
-
 def behavioural_cloning_loss(policy, observations, actions):
     """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ()."""
     return -policy(observations).log_prob(actions).mean()
 
 
-# --- environment and expert -----------------------------------------------------------------------
+def recent_average(average, weights, number):
+    """The mean of all weights so far, the k-th counted k times; `number` came before these.
+
+    If the mean of k - 1 such weights is to become that of k, the k-th has the share k / (1 + 2 +
+    ... + k) = 2 / (k + 1), and k is number + 1. So the early, poor policies soon count little
+    (Lacoste-Julien et al. 2012)."""
+    return average + 2 / (number + 2) * (weights - average)
 
 
-def make_envs(env_id, num_envs):
-    """CHANGE ME: the task. This one resets an environment on the step AFTER an episode's last."""
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
-    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-    return envs
+# --- environments ---------------------------------------------------------------------------------
 
 
-class CartPoles:
-    """CartPoles in mid-episode, and all that a checkpoint needs to restore them."""
+class Environments:
+    """Environments side by side. Each is reset by itself as soon as its episode ends, so that every
+    step is a transition.
+
+    An episode is known by its seed and the actions since: replayed, they lead back to where it
+    was. So a checkpoint needs no more of any task than that."""
 
     def __init__(self, env_id, num_envs):
-        self.envs = make_envs(env_id, num_envs)
+        self.side = SideBySide(env_id, num_envs)
+        self.seeds, self.actions, self.returns = [0] * num_envs, [[]] * num_envs, [0.0] * num_envs
+        self.reset()
 
-    def reset(self, seed=None):
-        self.observations, _ = self.envs.reset(seed=seed)
-        self.returns = np.zeros(self.envs.num_envs)
+    def reset(self):
+        for i in range(len(self.seeds)):
+            self.begin(i)
+
+    def begin(self, i, seed=None):
+        self.seeds[i] = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
+        self.actions[i], self.returns[i] = [], 0.0
+        self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Step each. `valid` is False where the step only reset one: that is no transition."""
-        observations, valid = self.observations, ~self.envs.prev_done
-        self.observations, rewards, terminated, truncated, _ = self.envs.step(actions)
-        self.returns = self.returns * valid + rewards
-        return observations, actions, self.observations, terminated, truncated, valid
+        """Where the steps lead, terminated, truncated: (num_envs, ...) each. And, of the episodes
+        that ended, the returns, which are for the log alone, and the lengths."""
+        next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
+        ended = []
+        for i, action in enumerate(actions):
+            self.actions[i].append(action)
+            self.returns[i] += float(rewards[i])
+            if terminated[i] or truncated[i]:
+                ended.append((self.returns[i], len(self.actions[i])))
+                self.begin(i)
+        return next_observations, terminated, truncated, ended
 
     def state_dict(self):
-        arrays = {k: torch.tensor(getattr(self.envs, k)) for k in ("state", "steps", "prev_done")}
-        rng = self.envs.np_random.bit_generator.state
-        return {**arrays, "returns": torch.tensor(self.returns), "rng": rng}
+        actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
+        state = {"seeds": self.seeds, "actions": actions, "returns": self.returns}
+        return {**state, "observations": torch.tensor(self.side.observations)}
 
     def load_state_dict(self, state):
-        self.returns = state["returns"].numpy()
-        self.envs.np_random.bit_generator.state = state["rng"]
-        for name in ("state", "steps", "prev_done"):
-            setattr(self.envs, name, state[name].numpy())
-        self.observations = self.envs.state.T.astype(np.float32)
+        """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
+        not forget at a reset what came before it."""
+        missed, observations = 0, self.side.observations
+        for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
+            self.begin(i, seed)
+            for action in actions.numpy():
+                observations[i], *_ = self.side.envs[i].step(action)
+            self.actions[i], self.returns[i] = list(actions.numpy()), state["returns"][i]
+            if (observations[i] != state["observations"][i].numpy()).any():
+                self.begin(i)
+                missed += 1
+        if missed:
+            say(f"{missed} episodes cannot be replayed in this task: new ones begin")
 
 
 @torch.no_grad()
-def rollout(cartpoles, policy, num_steps, device):
-    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the finished returns."""
-    frames, returns = [], []
+def rollout(envs, policy, num_steps, device):
+    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    frames, ended = [], []
     for _ in range(num_steps):
-        observations = torch.as_tensor(cartpoles.observations, device=device)
-        frame = cartpoles.step(policy(observations).sample().cpu().numpy())
-        frames.append(frame)
-        _, _, _, terminated, truncated, _ = frame
-        returns += cartpoles.returns[terminated | truncated].tolist()
-    names = ("observations", "actions", "next_observations", "terminated", "truncated", "valid")
+        observations = envs.side.observations.copy()
+        actions = policy(torch.as_tensor(observations, device=device)).sample()
+        *after, ends = envs.step(policy.to_env(actions))
+        frames.append((observations, actions.cpu().numpy(), *after))
+        ended += ends
+    names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
-    return dict(zip(names, columns)), returns
+    return dict(zip(names, columns)), ended
 
 
-def make_expert(args):
-    """CHANGE ME: the expert; stable-baselines3's PPO or DQN with its zoo's settings, greedy."""
-    from stable_baselines3 import DQN, PPO
-    from stable_baselines3.common.env_util import make_vec_env
-
-    common = {"seed": 0, "device": "cpu", "verbose": 0}
-    if args.expert == "ppo":
-        settings = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98}
-        settings |= {"learning_rate": lambda left: 1e-3 * left, "gae_lambda": 0.8}
-        settings |= {"clip_range": lambda left: 0.2 * left}
-        expert = PPO("MlpPolicy", make_vec_env(args.env_id, 8, seed=0), **settings, **common)
-        steps = 100_000
-    else:
-        settings = {"learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000}
-        settings |= {"learning_starts": 1_000, "target_update_interval": 10, "train_freq": 256}
-        settings |= {"gradient_steps": 128, "exploration_fraction": 0.16}
-        settings |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}}
-        expert = DQN("MlpPolicy", args.env_id, **settings, **common)
-        steps = 50_000
-    expert.learn(steps, progress_bar=sys.stderr.isatty() and not args.no_progress)
-    return lambda observations: expert.predict(observations, deterministic=True)[0]
-
-
-# --- the algorithm --------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def descend(optimizer, loss):
@@ -344,7 +376,7 @@ def minibatch(pairs, number):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns what to log."""
+    """Step 2, --discriminator-updates times; returns the mean loss."""
     total = 0.0
     for _ in range(args.discriminator_updates):
         expert = minibatch(expert_pairs, args.discriminator_batch)
@@ -357,8 +389,8 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
 
 
 def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4. PPO: policy and critic step on each minibatch. REINFORCE: the policy steps once, on
-    the whole rollout, then the critic on each minibatch."""
+    """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
+    policy takes one step on the whole rollout, and the minibatches are the critic's alone."""
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -368,14 +400,14 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
         descend(optimizer, policy_loss - args.entropy * new.entropy().mean())
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
-            value_loss = F.mse_loss(critic(observations[rows]).squeeze(-1), returns[rows])
-            loss = value_loss  # alone it leaves the policy without a gradient, and Adam skips it
-            if args.policy_gradient == "ppo":
-                new = policy(observations[rows])
-                log_probs = new.log_prob(actions[rows])
-                policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
-                loss = loss + policy_loss - args.entropy * new.entropy().mean()
-            descend(optimizer, loss)
+            value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
+            if args.policy_gradient == "reinforce":
+                descend(optimizer, value_loss)
+                continue
+            new = policy(observations[rows])
+            log_probs = new.log_prob(actions[rows])
+            policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
+            descend(optimizer, policy_loss + value_loss - args.entropy * new.entropy().mean())
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -387,116 +419,125 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
     }
 
 
-def diagnose(scalars):
-    """A warning about the discriminator if there is cause, from the last logged scalars."""
-    if scalars["discriminator/reward_std"] < 0.1 * abs(scalars["discriminator/reward_mean"]):
+def diagnose(scalars, args, absorbing, ends):
+    """What the last logged scalars warn of, for the verdict of a run that is not solved.
+
+    A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
+    right about 99 of 100 pairs of both kinds, it has a cliff and no slope where the policy is."""
+    mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
+    if ends and not absorbing and args.reward == "gail":
+        return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
+    if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
-        return "the discriminator is saturated: it tells all pairs apart"
+        return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-updates"
     return ""
 
 
 def train(args):
-    """Run the algorithm; returns what summary.json holds."""
-    for name, value in RECIPES[args.policy_gradient].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)
     observations, actions = tensors(run.demos, args.device)
-    policy = Policy(args.hidden).to(args.device)
-    critic = mlp(4, args.hidden, args.hidden, 1).to(args.device)
+    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)
+    actions = policy.from_env(actions)
+    policy.standardise.measure(observations)
+    average = AveragedModel(policy, avg_fn=recent_average)
+    network = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
+    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)
+    discriminator = Discriminator(policy, args.hidden).to(args.device)
+    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
+    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # for cloning; GAIL sets its own
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
+    envs = Environments(args.env_id, args.num_envs)
+
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
-    expert_pairs = make_pairs(observations, actions)  # (pairs, 7)
-    discriminator = Discriminator(args.hidden, *standardisation(observations)).to(args.device)
-    absorbing = args.absorbing and args.control != "constant-reward"
+    expert_pairs = discriminator.pairs(observations, actions)  # (pairs, size of a pair)
+    ends = sum(episode["ends"] for episode in run.demos)
+    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and ends > 0)
+    absorbing = absorbing and args.control != "constant-reward"
     if absorbing:
-        falls = sum(episode["terminated"] for episode in run.demos)
-        check(not (args.num_pairs and falls), "--num-pairs: expected --no-absorbing with it")
-        expert_pairs = add_absorbing_pairs(expert_pairs, falls, args.gamma)
-    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)  # for cloning; GAIL sets its own
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
-    average = AveragedModel(policy, avg_fn=recent_average)
-    cartpoles = CartPoles(args.env_id, args.num_envs)
-    cartpoles.reset(args.seed)
-    parts = {"policy": policy, "average": average, "critic": critic, "cartpoles": cartpoles}
-    parts |= {"discriminator": discriminator, "discriminator_optimizer": d_optimizer}
-    run.start(**parts, optimizer=optimizer)
-    if run.count["env_steps"] == 0:
-        for _ in range(args.bc_updates):
-            rows = torch.randint(len(actions), (64,))
-            descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+        expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
 
-    while not run.finished:
-        default_budget = RECIPES[args.policy_gradient]["total_steps"]
-        left = max(1 - run.count["env_steps"] / default_budget, FINAL_LR)
+    networks = {"policy": policy, "average": average, "critic": critic}
+    networks |= {"discriminator": discriminator, "envs": envs}
+    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
+    for _ in range(args.bc_updates if run.steps == 0 else 0):
+        rows = torch.randint(len(actions), (64,))
+        descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+
+    while run.steps < args.total_steps:
+        left = max(1 - run.steps / args.schedule, FINAL_LR)
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
 
+        # 1. Roll out the policy. REINFORCE has no better use for half an episode than a new one.
         if args.policy_gradient == "reinforce":
-            cartpoles.reset()
-        batch, returns = rollout(cartpoles, policy, args.num_steps, args.device)
-        valid = batch["valid"]
-        run.count["env_steps"] += int(valid.sum())
-        run.count["updates"] += 1  # one iteration
-
-        pairs = make_pairs(batch["observations"], batch["actions"])  # (num_steps, num_envs, 7)
-        policy_pairs = pairs[valid]
+            envs.reset()
+        batch, ended = rollout(envs, policy, args.num_steps, args.device)
+        run.steps += args.num_steps * args.num_envs
+        pairs = discriminator.pairs(batch["observations"], batch["actions"])
+        policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
-            falls = batch["terminated"].sum()
-            policy_pairs = add_absorbing_pairs(policy_pairs, falls, args.gamma)
+            ends_here = batch["terminated"].sum()
+            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends_here, args.gamma)
+
+        # 2. Train the discriminator.
         losses = {}
         if args.control not in ("constant-reward", "frozen-discriminator"):
             losses = update_discriminator(
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
+        # 3. Reward each pair, and from that its advantage. The absorbing state pays for ever.
         with torch.no_grad():
-            logits = discriminator(pairs)
-            expert_logits = discriminator(expert_pairs[: len(actions)])  # not the absorbing ones
-            rewards = imitation_reward(logits, args.reward)
+            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            forever = imitation_reward(discriminator(absorbing_pair(expert_pairs)), args.reward)
-            absorbing_value = absorbing * forever / (1 - args.gamma)  # 0 where there is none
-            values = critic(batch["observations"]).squeeze(-1)  # (num_steps, num_envs)
-            next_values = critic(batch["next_observations"]).squeeze(-1)
-            next_values = torch.where(batch["terminated"], absorbing_value, next_values)
+            forever = imitation_reward(discriminator(discriminator.absorbing_pair()), args.reward)
+            end_value = forever / (1 - args.gamma) if absorbing else torch.zeros(1)
+            values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
+            next_values = next_values.where(~batch["terminated"], end_value.to(args.device))
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
                 rewards, values, next_values, done, args.gamma, args.gae_lambda
             )
-        columns = (batch["observations"], batch["actions"], advantages, advantages + values)
-        losses |= update_policy(policy, critic, optimizer, *(x[valid] for x in columns), args)
+        # An advantage is how much more than the critic's value followed: the sum of both is a
+        # sample of the return (its mean with lambda = 1), and so what the critic should learn.
+        returns = advantages + values
+
+        # 4. Take a policy gradient step on the advantages.
+        columns = (batch["observations"], batch["actions"], advantages, returns)
+        columns = (column.flatten(0, 1) for column in columns)
+        losses |= update_policy(policy, critic, optimizer, *columns, args)
         average.update_parameters(policy)
 
         scalars = {
             **losses,
             "discriminator/accuracy_expert": float((expert_logits > 0).float().mean()),
-            "discriminator/accuracy_policy": float((logits[valid] < 0).float().mean()),
-            "discriminator/reward_mean": float(rewards[valid].mean()),
-            "discriminator/reward_std": float(rewards[valid].std()),
+            "discriminator/accuracy_policy": float((logits < 0).float().mean()),
+            "discriminator/reward_mean": float(rewards.mean()),
+            "discriminator/reward_std": float(rewards.std()),
         }
-        if returns:  # CartPole's return is its length
-            mean = float(np.mean(returns))
-            scalars |= {"charts/episodic_return": mean, "charts/episodic_length": mean}
+        if ended:
+            scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
+            scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average.module)
-    return run.finish(average.module, diagnose(run.curve[-1]))
+    advice = diagnose(run.curve[-1], args, absorbing, ends) if run.curve else ""
+    return run.finish(average.module, advice)
 
 
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
 # every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses TASKS, METRIC, CLOCK, BUDGET, EVAL_EVERY, EVAL_ENVS, NUM_DEMOS, DEMOS, add_settings, Policy,
-# make_envs, make_expert and train.
+# uses SCRIPT, add_settings, Policy and train.
 # ==================================================================================================
 
-SCRIPT = Path(__file__).stem
-EVALUATION_SEEDS = 1_000_000  # evaluation seeds begin here, apart from training's
-RECORDED, HELD_OUT = 30, 20  # episodes in a new file; those at a file's end, never trained on
-MAY_CHANGE = {BUDGET, "resume", "eval_every", "eval_episodes", "capture_video", "render", "out"}
-MAY_CHANGE |= {"device", "num_threads", "no_progress"}  # together with --resume
+EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
+SOLVED = 0.95  # is a task at this share of the way from random to the expert
+HELD_OUT = 20  # a file's last episodes: never trained on, for the occupancy distance
+MAY_CHANGE = "total_steps demos resume eval_every eval_episodes capture_video device no_progress"
 
 
 class BadInput(Exception):
@@ -504,7 +545,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is not finite, an expert that is too weak, a failed video: exit status 1."""
+    """A loss that is not finite: one line on stderr, exit status 1."""
 
 
 def check(condition, message):
@@ -512,207 +553,180 @@ def check(condition, message):
         raise BadInput(message)
 
 
-# --- flags ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def explained(subject):
+    """Whatever goes wrong inside becomes one line about the subject, a file or a flag."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        what = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        raise BadInput(f"{subject}: {what}{' '.join(str(error).split())[:300]}") from None
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+def say(text, stream=None):
+    """Print a line. A stream that is missing, closed or narrow must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise ValueError
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
     return parse
 
 
 def parse_args(argv=None):
-    """The flags; if a run is resumed, its settings take the place of the defaults."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", None, __doc__, formatter_class=HelpFormatter)
-    add_settings(parser)
-    flag = parser.add_argument_group("run").add_argument
-    flag("--env-id", choices=TASKS, default=next(iter(TASKS)), help="the task")
+    """The settings, from a list of words or the command line; a resumed run brings its own."""
+    parser = argparse.ArgumentParser(SCRIPT + ".py", None, __doc__.splitlines()[0])
+    parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
+    parser.error = functools.partial(check, False)  # in place of 25 lines of usage
+    flag = parser.add_argument_group("task and run").add_argument
+    flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
+    flag("--demos", metavar="FILE", help="learn from this .npz; None: experts/ENV_ID.npz")
+    flag("--num-demos", type=number(int, 1), default=1, help="how many episodes of it")
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each episode; None: all")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
-    flag("--demos", metavar="FILE", help="learn from this .npz (default: shipped, or a new one)")
-    flag("--num-demos", type=number(int, 1), default=NUM_DEMOS, help="how many expert episodes")
-    flag("--num-pairs", type=number(int, 2), help="random pairs of each episode (default: all)")
-    flag("--record-demos", metavar="FILE", help="make an expert, write its episodes and stop")
-    flag("--eval-every", type=number(int, 1), default=EVAL_EVERY, help=f"how often, in {CLOCK}")
-    flag("--eval-episodes", type=number(int, 2, 500), default=100, help="greedy, on unseen seeds")
-    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt and stop")
-    flag("--resume", metavar="RUN_FOLDER", help="resume that run; its budget may be raised")
-    flag("--out", default="runs", help="the folder for run folders and new experts")
-    flag("--run-name", help="the run folder (default: script, seed, date and time)")
+    flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
+    flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
+    flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
+    often = "steps between evaluations; None: ten in a run, fewer if they cost over a fifth of it"
+    flag("--eval-every", type=number(int, 1), help=often)
+    many = "greedy episodes, on seeds of their own; at the end five times as many"
+    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
-    flag("--render", action="store_true", help="at the end, three episodes in a window")
-    flag("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="cpu is fast enough")
-    flag("--num-threads", type=number(int, 1), default=1, help="for torch; one is fastest here")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
+    add_settings(parser, argv)
     args = parser.parse_args(argv)
-    named = (args.resume, args.evaluate, args.record_demos)
-    check("" not in named, "--resume, --evaluate or --record-demos: expected a name")
+    check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
-        saved = read(Path(args.resume, "checkpoint.pt"), read_checkpoint)["args"]
-        args = parser.parse_args(argv, argparse.Namespace(**saved))
-        fixed = [k for k in saved if getattr(args, k) != saved[k] and k not in MAY_CHANGE]
+        saved = load(Path(args.resume, "checkpoint.pt"))
+        with explained(args.resume):
+            parser.set_defaults(**(saved := saved["args"]))
+        args = parser.parse_args(argv)
+        changed = {name for name in saved if getattr(args, name) != saved[name]}
+        fixed = changed - set(MAY_CHANGE.split())
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device found, expected one")
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
     return args
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def read(path, reader):
-    """What `reader(path)` returns; whatever goes wrong in it becomes a one-line BadInput."""
-    try:
-        return reader(Path(path))
-    except Exception as error:  # damaged files fail in as many ways as there are readers
-        reason = " ".join(str(error).split())[:240]  # it may quote the file
-        if not isinstance(error, BadInput):
-            reason = f"cannot be read: {type(error).__name__}: {reason.partition('. ')[0]}"
-        raise BadInput(f"{path}: {reason}") from None
 
 
 def write(path, writer):
     """Write what `writer(file)` writes: the whole file or nothing."""
-    content, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
-    writer(content)
-    with open(temporary, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
+    """Strict JSON: NaN and infinity become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def write_checkpoint(path, state):
-    """Write the state, followed by its digest so that a damaged file is noticed."""
-
-    def writer(file):
-        torch.save({"script": SCRIPT, **state}, file)
-        file.write(sha256(file.getvalue()).digest())
-
-    write(path, writer)
-
-
-def read_checkpoint(path):
-    content = path.read_bytes()
-    state, digest = content[:-32], content[-32:]
-    check(sha256(state).digest() == digest, "not as it was written, expected an intact checkpoint")
-    state = torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-    check(state["script"] == SCRIPT, f"a checkpoint of {state['script']}, expected {SCRIPT}")
-    return state
+def load(path):
+    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
+    with explained(path):
+        with zipfile.ZipFile(path) as archive:
+            check(archive.testzip() is None, "damaged, expected the file as it was written")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
+        check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+        return saved
 
 
-def read_policy(path):
-    """The environment's id and the policy of a policy.pt."""
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    check(saved["script"] == SCRIPT, f"a policy of {saved['script']}, expected {SCRIPT}")
-    check(saved["env_id"] in TASKS, f"a policy for {saved['env_id']}, expected {list(TASKS)}")
-    with torch.device("meta"):  # allocates nothing, whatever sizes the file declares
-        policy = Policy(**saved["network"])
-    policy.load_state_dict(saved["weights"], assign=True)
-    check_finite(policy.float())
-    return saved["env_id"], policy
+def load_policy(path):
+    """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
+    saved = load(path)
+    with explained(path):
+        policy = Policy(**saved["settings"])
+        policy.load_state_dict(saved["weights"])
+        sound = all(x.isfinite().all() for x in policy.state_dict().values())
+        check(sound, "weights that are NaN or infinite, expected finite ones")
+        return policy, saved["env_id"]
 
 
-def check_finite(network):
-    sound = all(x.isfinite().all() for x in network.state_dict().values())
-    check(sound, "weights that are NaN or infinite, expected finite ones")
+# --- demonstrations and evaluation ----------------------------------------------------------------
 
 
-# --- demonstrations -------------------------------------------------------------------------------
-
-
-def read_demos(path, env_id):
-    """The episodes of an .npz: dicts of observations, actions, rewards (or None), terminated."""
-    unpacked = sum(member.file_size for member in zipfile.ZipFile(path).infolist())
-    check(unpacked < 2**31, "unpacks to more than 2 GB")
-    needed = {"observations", "actions", "episode_starts", "terminated", "metadata"}
-    with np.load(path, allow_pickle=False) as archive:
-        missing = sorted(needed - set(archive))
-        check(not missing, f"no {missing}, expected {sorted(needed)}")
-        arrays = {name: archive[name] for name in set(archive) & {*needed, "rewards"}}
-    recorded_on = json.loads(str(arrays["metadata"]))["env_id"]
-    check(recorded_on == env_id, f"demonstrations of {recorded_on}, expected {env_id}")
-    env, size, starts = gym.make(env_id), len(arrays["observations"]), arrays["episode_starts"]
-    expected = {
-        "observations": (np.float32, (size, *env.observation_space.shape)),
-        "actions": (env.action_space.dtype, (size, *env.action_space.shape)),
-        "episode_starts": (bool, (size,)),
-        "terminated": (bool, (np.count_nonzero(starts),)),
-        "rewards": (np.float32, (size,)),
-    }
-    for name in expected.keys() & arrays.keys():
-        found, (dtype, shape) = arrays[name], expected[name]
-        message = f"{name}: {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}"
-        check(found.dtype == dtype and found.shape == shape, message)
-        check(np.isfinite(found).all(), f"{name}: NaN or infinity, expected finite numbers")
-    check(size and starts[0], "no episode starts in the first row, expected one")
-    valid = batch_space(env.action_space, size).contains(arrays["actions"])
-    check(valid, f"actions out of range, expected {env.action_space}")
-    cuts = np.flatnonzero(starts)[1:]
-    columns = {k: np.split(arrays[k], cuts) for k in ("observations", "actions")}
-    columns["terminated"] = arrays["terminated"]
-    columns["rewards"] = [None] * len(arrays["terminated"])
-    if "rewards" in arrays:
-        columns["rewards"] = np.split(arrays["rewards"], cuts)
-    return [dict(zip(columns, episode)) for episode in zip(*columns.values())]
-
-
-def record_demos(path, args):
-    """Make an expert, check it over 100 episodes and write the first 30 of them to an .npz."""
-    check(not path.exists(), f"{path}: exists already, expected a new file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check(os.access(path.parent, os.W_OK), f"{path.parent}: cannot be written to")
-    print(f"{SCRIPT}.py: making an expert for {path}", file=sys.stderr)
-    episodes = play(make_expert(args), args.env_id, 100, EVALUATION_SEEDS - 1_000)
-    score = statistics(episodes)
-    if score[METRIC] < TASKS[args.env_id]:
-        raise Failed(f"expert too weak: {METRIC} {score[METRIC]:.4g} of {TASKS[args.env_id]}")
-    kept = episodes[:RECORDED]
-    names = ("observations", "actions", "rewards")
-    arrays = {name: np.concatenate([episode[name] for episode in kept]) for name in names}
-    arrays["rewards"] = arrays["rewards"].astype(np.float32)
-    arrays["terminated"] = np.array([episode["terminated"] for episode in kept])
-    arrays["episode_starts"] = np.concatenate([np.arange(len(e["rewards"])) == 0 for e in kept])
-    about = {"env_id": args.env_id, "expert": DEMOS.format(**vars(args)), "score": score}
-    arrays["metadata"] = json.dumps({**about, "versions": versions()})
-    write(path, lambda file: np.savez_compressed(file, **arrays))
+def sizes(env_id):
+    """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
+    with explained(f"--env-id {env_id}"), gym.make(env_id) as env:
+        seen, taken = env.observation_space, env.action_space
+        flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
+        check(flat, f"observations {seen}, expected a flat Box of floats")
+        if isinstance(taken, Discrete):
+            low, high = int(taken.start), int(taken.start + taken.n) - 1
+        else:
+            bounded = isinstance(taken, Box) and len(taken.shape) == 1 and taken.is_bounded()
+            check(bounded, f"actions {taken}, expected Discrete or a bounded, flat Box")
+            low, high = taken.low.tolist(), taken.high.tolist()
+        return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
 def load_demos(args):
-    """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
-    name = DEMOS.format(**vars(args))
-    shipped, made = Path(__file__).parent / "experts" / name, Path(args.out, name)
-    path = Path(args.demos or (shipped if shipped.exists() else made))
-    if not args.demos and not path.exists():
-        record_demos(path, args)
-    episodes = read(path, lambda path: read_demos(path, args.env_id))
-    many = args.num_demos
-    check(many <= len(episodes), f"--num-demos {many}: {path} holds {len(episodes)}")
+    """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
+
+    Each is a dict of observations, actions, rewards and terminated. Those to learn from have
+    `ends`, too, how many ends they show: with --num-pairs, less than one."""
+    task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
+    low, high = np.array(task["low"]), np.array(task["high"])
+    here = Path(globals().get("__file__", "script")).resolve().parent
+    path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
+    check(path.exists(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
+    with explained(path), np.errstate(all="ignore"), np.load(path, allow_pickle=False) as file:
+        unpacked = sum(member.file_size for member in file.zip.infolist())
+        check(unpacked < 2**31, "unpacks to more than 2 GB")
+        recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
+        same = recorded.split("-v")[0] == wanted.split("-v")[0]
+        check(same, f"demonstrations of {recorded}, expected {wanted}")
+        size, starts = len(file["actions"]), np.flatnonzero(file["episode_starts"])
+        expected = {
+            "observations": (np.float32, (size, task["inputs"])),
+            "actions": (np.float32 if low.shape else np.int64, (size, *low.shape)),
+            "rewards": (np.float64, (size,)),  # optional, and only for the summary
+            "episode_starts": (bool, (size,)),
+            "terminated": (bool, starts.shape),
+        }
+        arrays = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
+        for name, (kind, shape) in expected.items():
+            found = f"{name}: {arrays[name].dtype} {arrays[name].shape}"
+            fits = np.can_cast(arrays[name].dtype, kind, "same_kind")
+            fits = fits and arrays[name].shape == shape
+            check(fits, f"{found}, expected {np.dtype(kind)} {shape}")
+            arrays[name] = arrays[name].astype(kind)
+        check(np.isfinite(arrays["observations"]).all(), "observations that are NaN or infinite")
+        inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
+        check(inside.all(), f"actions out of range, expected {low} to {high}")
+        check(0 in starts, "no episode starts in the first row, expected one")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
+    if recorded != wanted:
+        say(f"{path}: recorded on {recorded}, used for {wanted}")
+    names = ("observations", "actions", "rewards", "terminated")
+    columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
+    episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
+
     cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
     rng = np.random.default_rng(args.seed)
     chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
-    for episode in chosen if args.num_pairs else []:
+    for episode in chosen:
         length = len(episode["actions"])
-        check(args.num_pairs <= length, f"--num-pairs {args.num_pairs}: an episode has {length}")
-        rows = rng.choice(length, args.num_pairs, replace=False)
+        kept = args.num_pairs or length
+        check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
+        rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         episode.update({k: episode[k][rows] for k in ("observations", "actions")})
+        episode["ends"] = episode["terminated"] * kept / length
     return chosen, episodes[:cut], episodes[cut:]
 
 
@@ -723,45 +737,90 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(array, device=device) for array in arrays]
 
 
-# --- evaluation -----------------------------------------------------------------------------------
+class SideBySide:
+    """Single environments with a vector's interface. One whose episode is over rests, so that an
+    evaluation costs no more steps than its episodes have."""
+
+    def __init__(self, env_id, num_envs, videos=None):
+        settings = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if videos else {})}
+        self.envs = [gym.make(env_id, **settings) for _ in range(num_envs)]
+        if videos:
+            named = enumerate(self.envs)
+            self.envs = [RecordVideo(env, f"{videos}/{i}", disable_logger=True) for i, env in named]
+        self.action_space = batch_space(self.envs[0].action_space, num_envs)
+        self.observations = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
+        self.running = np.zeros(num_envs, bool)
+
+    def begin(self, i, seed):
+        self.observations[i], _ = self.envs[i].reset(seed=seed)
+        self.running[i] = True
+
+    def reset(self, seed):
+        for i in range(len(self.envs)):
+            self.begin(i, seed + i)
+        return self.observations.copy(), {}
+
+    def step(self, actions):
+        rewards, success = np.zeros((2, len(self.envs)))
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        for i in np.flatnonzero(self.running):
+            after, rewards[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
+            self.observations[i], success[i] = after, info.get("is_success", np.nan)
+        self.running &= ~(terminated | truncated)
+        return self.observations.copy(), rewards, terminated, truncated, {"is_success": success}
+
+    def close(self):
+        for env in self.envs:
+            env.close()
 
 
-def play(act, env_id, episodes, seed):
-    """The first episode of each of many environments, so that short ones are not favoured.
+def play(act, env_id, episodes, seed, videos=None):
+    """The first episode of each of many new environments: a list of dicts of arrays.
 
-    `act` maps observations to actions, one row per environment; None acts at random."""
-    played = []
-    while len(played) < episodes:
-        envs = make_envs(env_id, min(EVAL_ENVS, episodes - len(played)))
-        envs.action_space.seed(seed + len(played))
-        observations, _ = envs.reset(seed=seed + len(played))
-        running, frames = np.ones(envs.num_envs, bool), []
-        while running.any():
-            actions = act(observations) if act else envs.action_space.sample()
-            frame = (running.copy(), observations, actions)
-            observations, rewards, terminated, truncated, _ = envs.step(actions)
-            frames.append((*frame, rewards, terminated))
-            running &= ~(terminated | truncated)
-        envs.close()
-        running, *columns = (np.stack(column, 1) for column in zip(*frames))
-        names = ("observations", "actions", "rewards", "terminated")
-        for i, steps in enumerate(running):
-            played.append({name: column[i, steps] for name, column in zip(names, columns)})
-            played[-1]["terminated"] = bool(played[-1]["terminated"][-1])
-    return played
+    `act` maps observations to actions, one row for each environment; None acts at random. They are
+    filmed if `videos` is a folder."""
+    vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
+    in_numpy = vector.startswith("gymnasium.") and not videos  # CartPole: 20 times as fast
+    at_once = 500 if in_numpy else 5  # some simulators take 30 MB each
+    if episodes > at_once:
+        rest = play(act, env_id, episodes - at_once, seed + at_once)
+        return play(act, env_id, at_once, seed) + rest
+    if in_numpy:
+        envs = gym.make_vec(env_id, episodes, vectorization_mode="vector_entry_point")
+    else:
+        envs = SideBySide(env_id, episodes, videos)
+    envs.action_space.seed(seed)
+    observations, _ = envs.reset(seed=seed)
+    running, frames = np.ones(episodes, bool), []
+    while running.any():
+        seen = observations.astype(np.float32)
+        actions = act(seen) if act else envs.action_space.sample()
+        observations, rewards, terminated, truncated, info = envs.step(actions)
+        success = info.get("is_success", np.full(episodes, np.nan))
+        frames.append((running.copy(), seen, actions, rewards, terminated, success))
+        running &= ~(terminated | truncated)
+    envs.close()
+    running, *columns = (np.stack(column, 1) for column in zip(*frames))
+    names = ("observations", "actions", "rewards", "terminated", "is_success")
+    return [dict(zip(names, (x[i, running[i]] for x in columns))) for i in range(episodes)]
 
 
 def statistics(episodes):
-    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    result = {
-        "return_mean": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
-        "episodes": len(episodes),
-    }
-    if METRIC == "success_rate":  # a task that pays for success alone
-        result["success_rate"] = float((returns > 0).mean())
-    return result
+    with np.errstate(all="ignore"):  # rewards may be infinite
+        returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+        result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    result["length_mean"] = float(np.mean([len(episode["rewards"]) for episode in episodes]))
+    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
+    if not np.isnan(success):  # the task tells it
+        result["success_rate"] = float(success)
+    return {**result, "episodes": len(episodes)}
+
+
+def describe(result):
+    shown = {"return_mean": "return {:.1f}", "return_std": "+- {:.1f}"}
+    shown |= {"success_rate": "success {:.0%}", "occupancy_distance": "occupancy distance {:.4f}"}
+    known = [name for name in shown if result.get(name) is not None]
+    return "  ".join(shown[name].format(result[name]) for name in known)
 
 
 def squared_energy_distance(x, y):
@@ -769,249 +828,248 @@ def squared_energy_distance(x, y):
     return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
 
 
-def occupancy_distances(env_id, held_out, samples):
-    """How far each sample of episodes is from the held-out ones, in units of samples["random"]."""
-    if not held_out:
-        return dict.fromkeys(samples)
-    space = gym.make(env_id).action_space
+def occupancy_distances(held_out, samples):
+    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
+
+    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
 
     def pairs(episodes):
         observations, actions = tensors(episodes)
+        if actions.ndim == 1:  # Discrete: one-hot
+            actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
         rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
-        if isinstance(space, gym.spaces.Discrete):
-            actions = torch.eye(int(space.n))[actions]
         return torch.cat([observations[rows], actions[rows]], -1).double()
 
+    if not held_out:
+        return dict.fromkeys(samples)
     expert = pairs(held_out)
-    mean, std = expert.mean(0), expert.std(0)
-    std = std.where(std > 0, 1.0)
+    unit = expert.std(0).where(expert.std(0) > 0, 1.0)
     distances = {
-        name: squared_energy_distance((pairs(episodes) - mean) / std, (expert - mean) / std)
+        name: squared_energy_distance(pairs(episodes) / unit, expert / unit)
         for name, episodes in samples.items()
     }
     return {name: distance / distances["random"] for name, distance in distances.items()}
 
 
-# --- run folder -----------------------------------------------------------------------------------
+def judge(curve, random, expert, learner):
+    """The first evaluation from which on all are good, the final one included; and a verdict."""
+    goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
+    returns = [point["return_mean"] for point in (*curve, learner)]
+    failures = [i for i, value in enumerate(returns) if not value >= goal]  # NaN is a failure
+    stable = curve[failures[-1] + 1 if failures else 0 :]
+    if not stable:
+        return {}, f"not solved: return {returns[(failures or [-1])[-1]]:.4g} of {goal:.4g}"
+    return stable[0], f"solved at {stable[0]['steps']:,} steps, {stable[0]['wall_seconds']:.1f} s"
+
+
+def draw(summary, path):
+    """The learning curve, with expert and random. A run without a picture is still good."""
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes, curve = figure.subplots(), summary["curve"]
+        steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
+        axes.plot(steps, returns, "o-", markersize=3, label="learner")
+        for name, style in (("expert", "--"), ("random", ":")):
+            axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
+        title = f"{SCRIPT} on {summary['args']['env_id']}, seed {summary['args']['seed']}"
+        axes.set(xlabel="steps", ylabel="mean return of an episode", title=title)
+        axes.legend()
+        write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except Exception as error:  # MPLBACKEND, fonts: faults of the surroundings
+        say(f"{path.name} could not be drawn: {error}")
+
+
+def film(policy, env_id, folder):
+    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
+    with explained("--capture-video"):
+        play(policy.act, env_id, 3, EVALUATION_SEEDS, str(folder / "videos"))
+
+
+# --- a run ----------------------------------------------------------------------------------------
 
 
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    latest = None  # for the command that Ctrl-C prints
+    active, training, stopped_by = None, False, 0  # the last run, and the signal that is to end it
+    kept = ("steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        began = time.perf_counter()
-        self.args, self.curve, self.seconds = args, [], 0.0
-        self.count = {"env_steps": 0, "updates": 0, "evaluated": 0}
-        name = args.run_name or f"{SCRIPT}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        self.folder = Path(args.resume or Path(args.out, name))
-        fresh = args.resume or not self.folder.exists()
-        check(fresh, f"{self.folder}: exists already, expected a new folder")
+        self.args, self.began, Run.active = args, time.perf_counter(), None
+        plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
+        vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
+        self.sizes = sizes(args.env_id)
         self.demos, self.not_held_out, self.held_out = load_demos(args)
-        self.digest = sha256(b"".join(x.numpy().tobytes() for x in tensors(self.demos))).hexdigest()
+        arrays = tensors(self.demos) + (tensors(self.held_out) if self.held_out else [])
+        self.digest = sha256(b"".join(x.numpy().tobytes() for x in arrays)).hexdigest()
+        self.steps, self.seconds, self.eval_seconds, self.curve = 0, 0.0, 0.0, []
         torch.manual_seed(args.seed)
-        self.setup_seconds = time.perf_counter() - began
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
-        self.parts, args = parts, self.args
+        args, self.parts = self.args, parts
+        name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+        default = Path("runs", name.replace("/", "_").replace(":", "_"))
+        self.folder = Path(args.resume or args.out or default)
         if args.resume:
-            read(self.folder / "checkpoint.pt", self.load)
-            evaluated = self.curve or not self.finished
-            check(evaluated, f"{self.folder}: not evaluated yet, expected a larger budget")
+            path = self.folder / "checkpoint.pt"
+            state = load(path)
+            with explained(path):
+                check(state["digest"] == self.digest, "what its run learnt from has changed")
+                for name, part in parts.items():
+                    part.load_state_dict(state["parts"][name])
+                vars(self).update({name: state[name] for name in self.kept})
+                torch.set_rng_state(state["rng"])
         else:
+            check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
         write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
-        now = self.count[CLOCK]
-        self.log = SummaryWriter(str(self.folder), purge_step=now + 1 if args.resume else None)
+        self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
-        Run.latest = self
-        hidden = args.no_progress or None  # None: hidden unless stderr is a terminal
-        self.bar = tqdm(total=getattr(args, BUDGET), initial=now, unit=f" {CLOCK}", disable=hidden)
-        self.saved, self.clock = time.perf_counter(), time.perf_counter() - self.seconds
+        say(f"run     {self.folder}")
+        hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
+        self.setup_seconds = time.perf_counter() - self.began
+        self.clock = time.perf_counter() - self.seconds
+        Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"args": vars(self.args), "count": self.count, "curve": self.curve}
-        state |= {"seconds": self.seconds, "digest": self.digest, "rng": torch.get_rng_state()}
-        if self.args.device == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        write_checkpoint(self.folder / "checkpoint.pt", state)
-
-    def load(self, path):
-        state = read_checkpoint(path)
-        check(state["digest"] == self.digest, "what it learnt from has changed since the run began")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.count, self.curve, self.seconds = (state[k] for k in ("count", "curve", "seconds"))
-        torch.set_rng_state(state["rng"])
-        if self.args.device == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-    @property
-    def finished(self):
-        return self.count[CLOCK] >= getattr(self.args, BUDGET)
+        state = {name: getattr(self, name) for name in self.kept}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
-        """End an iteration: log it, evaluate and save when due. Raises Failed on a NaN loss."""
-        now, every = self.count[CLOCK], self.args.eval_every
+        """End an iteration: log it; evaluate, save and stop when due. Raises Failed on a NaN."""
+        args, now = self.args, self.steps
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                last = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
-                raise Failed(f"{tag} is {value} at {now} {CLOCK}; {last}")
+                saved = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
+                raise Failed(f"{tag} is {value} at step {now}; {saved}")
             self.log.add_scalar(tag, value, now)
-        due = self.finished or now // every > self.count["evaluated"] // every
+        every = args.eval_every or math.ceil(args.total_steps / 10)
+        last = self.curve[-1]["steps"] if self.curve else 0
+        cheap = args.eval_every or self.eval_seconds < self.seconds / 5
+        due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
-            result = self.evaluate(policy, 0)
-            self.count["evaluated"] = now
-            self.curve.append({**self.count, "wall_seconds": self.seconds, **result, **scalars})
-            for name in ("return_mean", "return_std", "success_rate"):
-                if name in result:
-                    self.log.add_scalar(f"eval/{name}", result[name], now)
-            self.bar.set_postfix({METRIC: f"{result[METRIC]:.4g}"}, refresh=False)
-        if due or time.perf_counter() - self.saved > 10:
+            self.evaluate(policy, scalars)
+        if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             self.save()
-            self.saved = time.perf_counter()
-        self.bar.update(min(now, self.bar.total) - self.bar.n)
+        self.bar.update(min(now, args.total_steps) - self.bar.n)
+        if Run.stopped_by:
+            raise KeyboardInterrupt
         self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
 
-    def evaluate(self, policy, offset):
-        seed = EVALUATION_SEEDS + 1_000 * self.args.seed + offset
-        self.played = play(policy.act, self.args.env_id, self.args.eval_episodes, seed)
-        return statistics(self.played)
+    def evaluate(self, policy, scalars):
+        """Play --eval-episodes; keep, log and print the result; write policy.pt."""
+        began, args = time.perf_counter(), self.args
+        seed = EVALUATION_SEEDS + 10_000 * args.seed
+        result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
+        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
+            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
+        point = {"steps": self.steps, "wall_seconds": self.seconds}
+        self.curve.append({**point, **result, **scalars})
+        saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
+        saved |= {"settings": policy.settings, "weights": policy.state_dict()}
+        write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
+        self.bar.clear()
+        say(f"{self.steps:>9,} steps  {describe(result)}")
+        self.eval_seconds += time.perf_counter() - began
 
-    def finish(self, policy, diagnosis=""):
-        """Evaluate on fresh seeds; write policy.pt, summary.json and the plot; print the result."""
-        args, folder, env_id = self.args, self.folder, self.args.env_id
+    def finish(self, policy, advice=""):
+        """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
+        args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        saved = {"script": SCRIPT, "env_id": env_id, "network": policy.settings}
-        saved["weights"] = policy.state_dict()
-        write(folder / "policy.pt", lambda file: torch.save(saved, file))
-        results = {"learner": self.evaluate(policy, 500), "expert": None}
-        samples = {"learner": self.played, "expert": self.not_held_out}
-        samples["random"] = play(None, env_id, args.eval_episodes, EVALUATION_SEEDS)
-        results["random"] = statistics(samples["random"])
-        if all(episode["rewards"] is not None for episode in self.not_held_out):
-            results["expert"] = statistics(self.not_held_out + self.held_out)
-        distances = occupancy_distances(env_id, self.held_out, samples)
-        for name, result in results.items():
-            if result:
-                result["occupancy_distance"] = distances[name]
-        solved, verdict = self.judge(results["learner"])
+        samples = {"random": final_episodes(None, args, args.env_id)}
+        samples |= {"expert": self.not_held_out}
+        samples["learner"] = final_episodes(policy.act, args, args.env_id)
+        results = {name: statistics(episodes) for name, episodes in samples.items()}
+        results["expert"] = statistics(self.not_held_out + self.held_out)
+        for name, distance in occupancy_distances(self.held_out, samples).items():
+            results[name]["occupancy_distance"] = distance
+        solved, verdict = judge(self.curve, **results)
+        verdict = verdict if solved or not advice else f"{verdict}; {advice}"
+        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+        versions["python"] = platform.python_version()
         pairs = sum(len(episode["actions"]) for episode in self.demos)
         demos = {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest}
-        summary = {"script": SCRIPT, "args": vars(args), "versions": versions(), **results}
-        summary |= {name: self.count[name] for name in ("env_steps", "updates")}
-        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary |= {"demos": demos, "curve": self.curve}
-        summary["solved_at_env_steps"] = solved.get("env_steps")
-        summary["solved_at_seconds"] = solved.get("wall_seconds")
-        summary["verdict"] = "; ".join(filter(None, [verdict, diagnosis]))
+        seconds = {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary = {"script": SCRIPT, "args": vars(args), "versions": versions, **results, **seconds}
+        summary |= {"steps": self.steps, "solved_at_steps": solved.get("steps"), "demos": demos}
+        summary |= {"solved_at_seconds": solved.get("wall_seconds")}
+        summary |= {"curve": self.curve, "verdict": verdict}
         write_json(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        show(policy, args, folder)
-        for name in ("random", "expert", "learner"):
-            print(f"{name:8}{describe(results[name])}")
-        print(f"verdict {summary['verdict']}\nrun     {folder}")
+        for name, result in results.items():
+            say(f"{name:8}{describe(result)}")
+        if not self.held_out:
+            say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
+        say(f"verdict {verdict}\nrun     {folder}")
+        if args.capture_video:
+            film(policy, args.env_id, folder)
         return summary
 
-    def judge(self, learner):
-        """The first evaluation from which on all are good, final one included, and a verdict."""
-        good, points = TASKS[self.args.env_id], [*self.curve, learner]
-        failures = [i for i, point in enumerate(points) if point[METRIC] < good]
-        stable = self.curve[failures[-1] + 1 if failures else 0 :]
-        if not stable:
-            return {}, f"not solved: {METRIC} {points[failures[-1]][METRIC]:.4g} of {good:g}"
-        seconds = f"{stable[0]['wall_seconds']:.1f} s"
-        return stable[0], f"solved at {stable[0][CLOCK]:,} {CLOCK}, {seconds}"
 
-
-def versions():
-    names = ("torch", "gymnasium", "numpy", "tensorboard")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
-
-
-def describe(result):
-    if result is None:
-        return "unknown: the demonstrations hold no rewards"
-    text = f"return {result['return_mean']:.1f} +- {result['return_std']:.1f}"
-    if "success_rate" in result:
-        text += f", success {result['success_rate']:.0%}"
-    distance = result.get("occupancy_distance")
-    return text if distance is None else f"{text}, occupancy distance {distance:.4f}"
-
-
-def draw(summary, path):
-    """The learning curve, with expert and random as lines."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes, curve = figure.subplots(), summary["curve"]
-    x, y = [point[CLOCK] for point in curve], [point[METRIC] for point in curve]
-    axes.plot(x, y, "o-", markersize=3, label="learner")
-    for name, style in (("expert", "--"), ("random", ":")):
-        if summary[name]:
-            axes.axhline(summary[name][METRIC], color="gray", linestyle=style, label=name)
-    axes.set(xlabel=CLOCK, ylabel=METRIC, title=f"{SCRIPT}, seed {summary['args']['seed']}")
-    axes.legend()
-    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def show(policy, args, folder):
-    """Three episodes as MP4 files, in a window, or both. Raises Failed if that is impossible."""
-    for mode in ["rgb_array"] * args.capture_video + ["human"] * args.render:
-        try:
-            env = gym.make(args.env_id, render_mode=mode)
-            if mode == "rgb_array":
-                env = RecordVideo(env, str(folder / "videos"), episode_trigger=lambda episode: True)
-            with env:
-                for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 3):
-                    (observation, _), over = env.reset(seed=seed), False
-                    while not over:
-                        action = policy.act(observation[None])[0]
-                        observation, _, terminated, truncated, _ = env.step(action)
-                        over = terminated or truncated
-        except Exception as error:  # no display, no encoder: each backend has errors of its own
-            raise Failed(f"showing the policy failed: {error}") from error
-
-
-# --- main -----------------------------------------------------------------------------------------
+def final_episodes(act, args, env_id):
+    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000
+    return play(act, env_id, 5 * args.eval_episodes, seed)
 
 
 def evaluate_file(args):
-    """Evaluate a policy.pt, write evaluation.json beside it and print one line."""
-    args.env_id, policy = read(args.evaluate, read_policy)
+    """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
+    policy, env_id = load_policy(args.evaluate)
+    env_id = args.env_id if args.env_id.endswith(f":{env_id}") else env_id
+    sizes(env_id)
+    torch.manual_seed(args.seed)
     policy.to(args.device)
-    folder, seed = Path(args.evaluate).parent, EVALUATION_SEEDS + 1_000 * args.seed + 500
-    result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-    write_json(folder / "evaluation.json", result)
-    show(policy, args, folder)
-    episodes = f"{result['episodes']} episodes of {args.env_id}"
-    print(f"{args.evaluate}: {describe(result)} over {episodes}")
+    results = {}
+    for name in ("greedy", "sampled"):
+        act = functools.partial(policy.act, sample=name == "sampled")
+        with explained(args.evaluate):  # a policy whose task has other sizes
+            results[name] = statistics(final_episodes(act, args, env_id))
+        say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
+    folder = Path(args.out or Path(args.evaluate).parent)
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", results)
+    if args.capture_video:
+        film(policy, env_id, folder)
+
+
+def stop(number, frame):
+    """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
+    at_once, Run.stopped_by = Run.stopped_by or not Run.training, number
+    if at_once:
+        raise KeyboardInterrupt
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # no stream, or one of another kind
+            stream.reconfigure(errors="replace")
+    with contextlib.suppress(ValueError):  # only a main thread may handle signals
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+    torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     try:
         args = parse_args(argv)
-        torch.set_num_threads(args.num_threads)
-        if args.record_demos:
-            record_demos(Path(args.record_demos), args)
-        elif args.evaluate:
-            evaluate_file(args)
-        else:
-            train(args)
+        evaluate_file(args) if args.evaluate else train(args)
         return 0
-    except (BadInput, Failed, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (BadInput, Failed, OSError, UnicodeError) as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        command = "the same command as before"
-        if Run.latest:
-            command = f"python {SCRIPT}.py --resume {Run.latest.folder}"
-        print(f"\n{SCRIPT}.py: interrupted; go on with: {command}", file=sys.stderr)
-        return 130
+        words = [sys.executable, *sys.argv]
+        if Run.active:
+            words[2:] = ["--resume", str(Run.active.folder)]
+        say(f"{SCRIPT}.py: stopped; go on with: {shlex.join(words)}", sys.stderr)
+        return 128 + (Run.stopped_by or signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -14,43 +14,46 @@ reset(seed=s) determines the whole episode: (s, the actions since) is a snapshot
 the last bit, in any process, after any history. A reset without a seed draws one and keeps it in
 `np_random_seed`; later resets without a seed follow from it as well.
 
-An expert comes with it, a waypoint controller that needs no training (about 285 steps a lap):
+copy.deepcopy and pickle drive the episode again, in a world of the copy's own.
 
-    python racecar_env.py --record-demos demos.npz --episodes 50 --action-noise 0.1
-    python racecar_env.py --video lap.mp4
-    python racecar_env.py --drive --record-demos mine.npz    (arrow keys; Ctrl-C ends it)
+`gymnasium.make_vec("RaceCar-v0", 8)` gives several cars in one process, a RaceCarVectorEnv. An
+expert comes with them, a waypoint controller that needs no training (about 285 steps a lap);
+experts/racecar.py records and films it, or lets a person drive.
 """
 
 # /// script
 # requires-python = ">=3.11,<3.12"
-# dependencies = ["gymnasium>=1.1,<2", "pybullet", "numpy", "moviepy"]
+# dependencies = ["gymnasium>=1.1,<2", "pybullet", "numpy"]
 # ///
 # pybullet has wheels for CPython up to 3.11 on Linux.
 
-import argparse
 import contextlib
+import copy
+import ctypes
 import functools
-import json
 import math
 import numbers
 import os
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Silence file descriptor 2: pybullet prints a greeting there, where only errors belong."""
-    stderr = os.dup(2)
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, as in a daemon: silent enough
+        yield
+        return
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)
     try:
@@ -111,7 +114,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     start_noise: half width of the uniform noise on the start's x, y (metres) and yaw (radians).
     coin_reward: paid once for each coin that the car comes within 0.5 m of; 0: there are no coins.
     max_steps: the episode is truncated after this many steps.
-    Raises ValueError if one of them, or render_mode, is out of range.
+    Raises ValueError for a setting out of range, RuntimeError for a window without a display.
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
@@ -132,23 +135,21 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.start_noise = float(start_noise)
         self.coin_reward = float(coin_reward)
         self.max_steps = int(max_steps)
-        self.observation_space = gymnasium.spaces.Box(
-            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, dtype=np.float32
-        )
-        self.action_space = gymnasium.spaces.Box(
-            np.array([-1, 0], dtype=np.float32), np.array([1, 1], dtype=np.float32)
-        )
+        self.observation_space = gymnasium.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
+        self.action_space = gymnasium.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
         self.steps = 0
         self._position = START_POSITION
         self.running = False  # between a reset and the end of its episode
+        self._seed: int | None = None  # of the episode; with its actions, a snapshot
+        self._actions: list[tuple[float, float]] = []
         self.physics: PhysicsClient | None = self._connect()  # None once closed
         self._build_world(self.physics)
 
     def _connect(self) -> PhysicsClient:
         if self.render_mode != "human":
             return PhysicsClient(pybullet.DIRECT)
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            raise RuntimeError("render_mode human needs a display, but DISPLAY is not set")
+        if sys.platform == "linux":
+            _check_display()
         physics = PhysicsClient(pybullet.GUI)
         physics.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         physics.configureDebugVisualizer(pybullet.COV_ENABLE_KEYBOARD_SHORTCUTS, 0)
@@ -161,8 +162,10 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         # Without this the solver's order depends on earlier episodes, and a reset is not exact.
         physics.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         physics.setAdditionalSearchPath(pybullet_data.getDataPath())
+        # Meshes that nobody will look at would take 7 MB; the motion is the same without them.
+        flags = 0 if self.render_mode else pybullet.URDF_IGNORE_VISUAL_SHAPES
         # Maximal coordinates suit a body without joints: the same motion in 3 % less time.
-        physics.loadURDF("plane.urdf", useMaximalCoordinates=True)
+        physics.loadURDF("plane.urdf", useMaximalCoordinates=True, flags=flags)
 
         # All walls are one static body, so that one query answers "does the car touch a wall?".
         boxes = [pybullet.GEOM_BOX] * len(WALL_SEGMENTS)
@@ -171,15 +174,13 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             size_x, size_y = x1 - x0 or WALL_THICKNESS, y1 - y0 or WALL_THICKNESS
             half_extents.append((size_x / 2, size_y / 2, WALL_HEIGHT / 2))
             centers.append(((x0 + x1) / 2, (y0 + y1) / 2, WALL_HEIGHT / 2))
-        self.walls = physics.createMultiBody(
-            0,  # mass: static
-            physics.createCollisionShapeArray(
-                boxes, halfExtents=half_extents, collisionFramePositions=centers
-            ),
-            physics.createVisualShapeArray(
-                boxes, halfExtents=half_extents, visualFramePositions=centers
-            ),
+        solid = physics.createCollisionShapeArray(
+            boxes, halfExtents=half_extents, collisionFramePositions=centers
         )
+        picture = physics.createVisualShapeArray(
+            boxes, halfExtents=half_extents, visualFramePositions=centers
+        )
+        self.walls = physics.createMultiBody(0, solid, picture)  # mass 0: static
         physics.changeDynamics(self.walls, -1, lateralFriction=1.0, restitution=0.7)
 
         self._coins: dict[int, tuple[float, float]] = {}  # visible, without collision shape
@@ -190,7 +191,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             for coin in COINS:
                 self._coins[physics.createMultiBody(0, -1, shape, (*coin, 0.2))] = coin
 
-        self.car = physics.loadURDF("racecar/racecar.urdf", START_POSITION)
+        self.car = physics.loadURDF("racecar/racecar.urdf", START_POSITION, flags=flags)
         self._saved_state = physics.saveState()
 
     def reset(
@@ -209,6 +210,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self.car, (x0 + x, y0 + y, z0), physics.getQuaternionFromEuler((0, 0, START_YAW + yaw))
         )
         self.steps, self.running = 0, True
+        self._seed, self._actions = self.np_random_seed, []
         self._coins_left = dict(self._coins)
         observation = self._observe(physics)
         if self.render_mode == "human":
@@ -225,6 +227,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not self.running:
             raise gymnasium.error.ResetNeeded("the episode is over or never began: call reset()")
         steering, throttle = _steering_and_throttle(action)
+        self._actions.append((steering, throttle))
         physics.setJointMotorControlArray(
             self.car, STEERING_JOINTS, pybullet.POSITION_CONTROL, targetPositions=[-steering] * 2
         )
@@ -282,6 +285,26 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 self.physics.disconnect()
             self.physics = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the physics, which a copy replays; what was done to it from outside is lost."""
+        if self.physics is None or self.render_mode == "human":
+            what = "a closed environment" if self.physics is None else "a window"
+            raise TypeError(f"{what} cannot be copied or pickled: make another environment")
+        self.np_random  # noqa: B018  (drawn now if it never was, for both to go on alike)
+        return {name: value for name, value in vars(self).items() if name != "physics"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.physics = self._connect()
+        self._build_world(self.physics)
+        if self._seed is not None:
+            RaceCarEnv.reset(self, seed=self._seed)
+        for action in state["_actions"]:
+            RaceCarEnv.step(self, action)
+        vars(self).update(state)  # np_random and a wrapper's or a subclass's attributes as well
+
+    __copy__ = copy.deepcopy  # two handles on one world would drive the same car
+
     def _open_client(self) -> PhysicsClient:
         if self.physics is None:
             raise gymnasium.error.ClosedEnvironmentError("this environment is closed: make another")
@@ -327,9 +350,22 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
     return min(max(steering, -1.0), 1.0), min(max(throttle, 0.0), 1.0)
 
 
-gymnasium.register("RaceCar-v0", entry_point=f"{__name__}:RaceCarEnv")
+def _check_display() -> None:
+    """Raise RuntimeError where pybullet, asked for a window, would hang or end the process."""
+    usable, unused = False, ctypes.c_int()
+    with contextlib.suppress(OSError), _silent_stderr():  # OSError: there is no libX11
+        x11 = ctypes.CDLL("libX11.so.6")
+        x11.XOpenDisplay.restype = ctypes.c_void_p
+        display = ctypes.c_void_p(x11.XOpenDisplay(None))  # None: the one that DISPLAY names
+        if display:
+            usable = x11.XQueryExtension(display, b"GLX", *[ctypes.byref(unused)] * 3)
+            x11.XCloseDisplay(display)
+    if not usable:
+        found = f"found none at DISPLAY={os.environ.get('DISPLAY', '')}"
+        raise RuntimeError(f"render_mode human needs a display with OpenGL, {found}")
 
 
+# -------------------------------------------------------------------------------- several at once
 class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """num_envs race cars, stepped one after the other; one whose episode is over rests until reset.
 
@@ -340,11 +376,13 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     RaceCarEnv. An episode's seed is envs.envs[i].np_random_seed.
     """
 
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}  # noqa: RUF012
+    metadata = RaceCarEnv.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
+        _check_number("num_envs", num_envs, numbers.Integral, 1, 1_000_000)
         self.num_envs = num_envs
         self.envs = [RaceCarEnv(**settings) for _ in range(num_envs)]
+        self.render_mode = self.envs[0].render_mode
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -352,13 +390,19 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         self._observations = np.zeros((num_envs, 9), np.float32)
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | list | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """seed: of the first car's episode; the next car's is seed + 1, and so on."""
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        """seed: of the first car's episode; the next car's is seed + 1, and so on; or a list.
+
+        options: {"reset_mask": (num_envs,) bool}; without it, all cars are reset.
+        """
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(f"reset_mask must be ({self.num_envs},) bool, got {mask!r}")
+        if seed is None or isinstance(seed, int):
+            seed = [None if seed is None else seed + i for i in range(self.num_envs)]
         for i in np.flatnonzero(mask):
-            seed_of_it = None if seed is None else seed + int(i)
-            self._observations[i], _ = self.envs[i].reset(seed=seed_of_it)
+            self._observations[i], _ = self.envs[i].reset(seed=seed[i])
         return self._observations.copy(), {}
 
     def step(
@@ -377,12 +421,26 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         info = {"is_success": is_success}
         return self._observations.copy(), rewards, terminated, truncated, info
 
+    def render(self) -> tuple[np.ndarray | None, ...]:
+        return tuple(env.render() for env in self.envs)
+
     def close_extras(self, **kwargs: Any) -> None:
         for env in self.envs:
             env.close()
 
+    __copy__ = copy.deepcopy
 
-# ------------------------------------------------------------------- drivers: controller and person
+
+gymnasium.registry.pop("RaceCar-v0", None)  # this module may be imported again, by another name
+gymnasium.register(
+    "RaceCar-v0",
+    entry_point=f"{__name__}:RaceCarEnv",
+    vector_entry_point=f"{__name__}:RaceCarVectorEnv",
+    reward_threshold=2.92,  # 98 of 100 laps reach the finish, two end at a wall
+)
+
+
+# ------------------------------------------------------------------------------------- the expert
 class WaypointController:
     """The expert: steers by minus gain times the heading error to a waypoint ahead.
 
@@ -420,216 +478,3 @@ def progress(observation: np.ndarray) -> float:
         return 1.0
     distances = np.hypot(*(WaypointController.WAYPOINTS - (x, y)).T)
     return float(np.argmin(distances)) / len(distances)
-
-
-def action_from_keys(keys: dict[int, int], throttle: float) -> np.ndarray:
-    """The action, (2,) float32, for a person's arrow keys: up drives, left and right steer.
-
-    keys: key code -> bits of its state, as pybullet's getKeyboardEvents returns them.
-    """
-    pressed = pybullet.KEY_IS_DOWN | pybullet.KEY_WAS_TRIGGERED
-    up, left, right = (
-        bool(keys.get(key, 0) & pressed)
-        for key in (pybullet.B3G_UP_ARROW, pybullet.B3G_LEFT_ARROW, pybullet.B3G_RIGHT_ARROW)
-    )
-    return np.array([right - left, throttle * up], dtype=np.float32)
-
-
-# --------------------------------------------------------------------------------- demonstrations
-class Lap(NamedTuple):
-    """One episode. The last observation is not kept: no action followed it."""
-
-    observations: np.ndarray  # (steps, 9) float32
-    actions: np.ndarray  # (steps, 2) float32, as executed
-    rewards: np.ndarray  # (steps,) float32
-    terminated: bool
-    is_success: bool
-
-
-def record_laps(
-    env: gymnasium.Env,
-    choose_action: Callable[[np.ndarray], np.ndarray],
-    num_successes: int,
-    action_noise: float = 0.0,
-    seed: int = 0,
-) -> Iterator[Lap]:
-    """Drive laps, and yield each of them, until num_successes have reached the finish.
-
-    action_noise: standard deviation of the Gaussian noise on both components of the action.
-
-    The action is recorded as EXECUTED, noise and clipping included, not as intended. It is the one
-    that led to the next observation, and (observation, executed action) is a sample from the
-    occupancy measure of one policy, the noisy expert; (observation, intended action) is from none.
-    The noise has mean 0, so cloning still recovers the intended action.
-    """
-    random = np.random.default_rng((seed, 1))  # separate from the environment's
-    low, high = env.action_space.low, env.action_space.high
-    reset_seed: int | None = seed  # the later laps follow from the first
-    while num_successes > 0:
-        observation, _ = env.reset(seed=reset_seed)
-        reset_seed, over, steps = None, False, []
-        while not over:
-            noise = action_noise * random.standard_normal(2)
-            action = np.clip(choose_action(observation) + noise, low, high).astype(np.float32)
-            next_observation, reward, terminated, truncated, info = env.step(action)
-            steps.append((observation, action, np.float32(reward)))
-            observation, over = next_observation, terminated or truncated
-        observations, actions, rewards = (np.stack(column) for column in zip(*steps, strict=True))
-        num_successes -= info["is_success"]
-        yield Lap(observations, actions, rewards, terminated, info["is_success"])
-
-
-def demonstrations_of(laps: list[Lap], expert: str, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of a demonstrations file, from laps that reached the finish, as an expert's do.
-
-    observations (N, 9) float32, actions (N, 2) float32, rewards (N,) float32, episode_starts (N,)
-    bool, terminated (episodes,) bool, metadata: JSON as a 0-d string. The time a person waits
-    before the first throttle of a lap is left out: it would teach the car to park.
-    """
-    kept = []
-    for lap in laps:
-        if lap.is_success:
-            first = int(np.argmax(lap.actions[:, 1] > 0))
-            kept.append((lap.observations[first:], lap.actions[first:], lap.rewards[first:]))
-    observations, actions, rewards = (np.concatenate(column) for column in zip(*kept, strict=True))
-    episode_starts = np.zeros(len(actions), dtype=bool)
-    episode_starts[np.cumsum([0] + [len(episode[1]) for episode in kept[:-1]])] = True
-    metadata = {
-        "env_id": "RaceCar-v0",
-        "expert": expert,
-        "seed": seed,
-        "returns": [float(episode[2].sum()) for episode in kept],
-        "dropped": len(laps) - len(kept),  # laps that did not reach the finish
-    }
-    return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "episode_starts": episode_starts,
-        "terminated": np.array([lap.terminated for lap in laps if lap.is_success]),
-        "metadata": np.array(json.dumps(metadata)),
-    }
-
-
-def save_demonstrations(path: Path, demonstrations: dict[str, np.ndarray]) -> None:
-    """Write the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **demonstrations)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------ command line
-class OneLineParser(argparse.ArgumentParser):
-    """Prints errors without the usage before them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parse_arguments(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Namespace]:
-    parser = OneLineParser(
-        prog="racecar_env.py",
-        description="Record demonstrations of RaceCar-v0, watch, film a lap, or take the wheel.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--record-demos", type=Path, metavar="FILE.npz", help="write the laps to this file")
-    add("--video", type=Path, metavar="FILE.mp4", help="film one lap of the controller")
-    add("--render", action="store_true", help="show the laps in a window")
-    add("--drive", action="store_true", help="drive them yourself, with the window's arrow keys")
-    add("--episodes", type=int, default=50, help="laps that reach the finish")
-    add("--action-noise", type=float, default=0.0, help="standard deviation, 0 to 1")
-    add("--throttle", type=float, default=0.5, help="above 0, up to 1, which is 2.5 m/s")
-    add("--seed", type=int, default=0, help="of the starts and the noise")
-    args = parser.parse_args(arguments)
-
-    if not (args.record_demos or args.video or args.render or args.drive):
-        parser.error("nothing to do: give --record-demos, --video, --render or --drive")
-    if args.drive and not args.record_demos:
-        parser.error("--drive records the laps: give --record-demos FILE.npz as well")
-    for flag, value, valid, expected in (
-        ("--episodes", args.episodes, args.episodes >= 1, "at least 1"),
-        ("--action-noise", args.action_noise, 0 <= args.action_noise <= 1, "from 0 to 1"),
-        ("--throttle", args.throttle, 0 < args.throttle <= 1, "above 0, up to 1"),
-        ("--seed", args.seed, args.seed >= 0, "at least 0"),
-    ):
-        if not valid:
-            parser.error(f"{flag} must be {expected}, found {value}")
-    for path, suffix in ((args.record_demos, ".npz"), (args.video, ".mp4")):
-        if path and path.suffix != suffix:
-            parser.error(f"{path}: expected the name of a file that ends in {suffix}")
-        if path and path.exists():
-            parser.error(f"{path}: exists already, expected a new file")
-        if path and not os.access(path.parent, os.W_OK):
-            parser.error(f"{path}: its folder does not exist or cannot be written to")
-    return parser, args
-
-
-def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
-    """Write the video of a lap, the whole file or nothing."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        env = gymnasium.make("RaceCar-v0", render_mode="rgb_array")
-        env = gymnasium.wrappers.RecordVideo(env, f"{folder}/video", disable_logger=True)
-        lap = next(record_laps(env, controller, 1, seed=seed))
-        env.close()
-        os.replace(next(Path(folder).glob("video/*.mp4")), path)
-    return lap
-
-
-def drive_laps(args: argparse.Namespace) -> list[Lap]:
-    """Laps by the controller, or by a person, who stops with Ctrl-C or by closing the window."""
-    env = gymnasium.make("RaceCar-v0", render_mode="human" if args.render or args.drive else None)
-    controller = WaypointController(args.throttle)
-
-    def choose_action(observation: np.ndarray) -> np.ndarray:
-        if args.drive:
-            return action_from_keys(env.unwrapped.physics.getKeyboardEvents(), args.throttle)
-        return controller(observation)
-
-    laps: list[Lap] = []
-    try:
-        for lap in record_laps(env, choose_action, args.episodes, args.action_noise, args.seed):
-            laps.append(lap)
-            if len(laps) >= 2 * args.episodes + 10 and not args.drive:
-                break  # the throttle is too much for the controller
-    except (KeyboardInterrupt, pybullet.error):
-        if not args.drive:
-            raise KeyboardInterrupt from None
-    finally:
-        env.close()
-    return laps
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status. Bad input: one line on stderr, status 2, no demonstrations."""
-    parser, args = parse_arguments(arguments)
-    try:
-        if args.video:
-            lap = film_lap(args.video, WaypointController(args.throttle), args.seed)
-            print(f"{args.video}: {len(lap.actions)} steps, finish reached: {lap.is_success}")
-        if args.record_demos or args.render:
-            laps = drive_laps(args)
-            steps = [len(lap.actions) for lap in laps if lap.is_success]
-            summary = f"{len(laps)} laps driven, {len(laps) - len(steps)} dropped (no finish)"
-            if not steps or (len(steps) < args.episodes and not args.drive):
-                parser.error(f"{summary}: no demonstrations are written")
-            print(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
-            if args.record_demos:
-                expert = "a person" if args.drive else "waypoint controller"
-                expert += f", throttle {args.throttle:g}, action noise {args.action_noise:g}"
-                save_demonstrations(args.record_demos, demonstrations_of(laps, expert, args.seed))
-    except KeyboardInterrupt:
-        return 130
-    except (RuntimeError, OSError) as error:  # no display; a full disk
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

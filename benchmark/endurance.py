@@ -36,7 +36,7 @@ def watch(script, samples):
         record(run, *args)
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         files = len(os.listdir("/proc/self/fd"))
-        samples.append((run.count[script.CLOCK], run.seconds, memory, files, physics_clients()))
+        samples.append((run.steps, run.seconds, memory, files, physics_clients()))
 
     script.Run.record = recording
 
@@ -50,7 +50,7 @@ def measure(samples):
     tenth = [steps < 0.1 * steps[-1], steps >= 0.9 * steps[-1]]
     first, last = (np.ptp(steps[part]) / np.ptp(seconds[part]) for part in tenth)
     return {
-        "env_steps": f"{int(steps[-1]):,}",
+        "steps": f"{int(steps[-1]):,}",
         "memory, MB": f"{memory[late][0] / 1e6:.0f} to {memory[-1] / 1e6:.0f}",
         "MB a million steps": f"{slope:+.1f}",
         "open files": f"{int(files[late].min())} to {int(files[late].max())}",

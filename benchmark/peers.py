@@ -5,8 +5,9 @@
 
 For each seed the script runs first and the library directly after it, one process at a time with
 one thread. Both learn from the pairs that the script draws for that seed; both are evaluated over
-100 greedy episodes, and no evaluation is counted in the seconds. GAIL by REINFORCE has no
-counterpart there and is compared with the library's GAIL. The results go into
+100 greedy episodes, every 5,000 steps here and after every round there, and no evaluation is
+counted in the seconds. Solved: from an evaluation on, all are at 495 or above. GAIL by REINFORCE
+has no counterpart there and is compared with the library's GAIL. The results go into
 benchmark/results/peers_*.json, with the versions and the line count of all that GAIL imports.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +26,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from report import solved_point  # noqa: E402
+
 import bc_cartpole  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
+SOLVED = 495
 SIZES = {
     "30 pairs": ["--num-pairs", "30"],
     **{size: ["--num-demos", size] for size in ("1", "4", "7", "10")},
@@ -50,30 +55,26 @@ def write_selection(path, flags, seed):
     """The pairs that the scripts learn from with these flags and this seed, as a file."""
     chosen, _, _ = bc_cartpole.load_demos(bc_cartpole.parse_args([*flags, "--seed", str(seed)]))
     observations, actions = (tensor.numpy() for tensor in bc_cartpole.tensors(chosen))
-    starts = np.concatenate([np.arange(len(episode["actions"])) == 0 for episode in chosen])
-    np.savez(
-        path,
-        observations=observations,
-        actions=actions,
-        episode_starts=starts,
-        terminated=np.array([episode["terminated"] for episode in chosen]),
-        rewards=np.ones(len(actions), np.float32),
-    )
+    np.savez(path, observations=observations, actions=actions)
 
 
 def ours(script, flags, seed, out):
-    name = f"{script}_{'_'.join(flags)}_{seed}".replace("--", "")
+    folder = out / f"{script}_{'_'.join(flags)}_{seed}".replace("--", "")
+    every = "500" if script == "bc_cartpole" else "5000"
     command = [sys.executable, f"{script}.py", *flags, "--seed", str(seed)]
-    if not (out / name / "summary.json").exists():
-        execute([*command, "--out", str(out), "--run-name", name])
-    summary = json.loads((out / name / "summary.json").read_text())
+    command += ["--eval-every", every, "--eval-episodes", "100", "--out", str(folder)]
+    if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        execute(command)
+    summary = json.loads((folder / "summary.json").read_text())
+    at = solved_point(summary, SOLVED) or {}
     return {
         "library": "here",
         "return_mean": summary["learner"]["return_mean"],
-        "env_steps": summary["env_steps"],
+        "steps": summary["steps"] if script == "gail_cartpole" else 0,
         "seconds": summary["wall_seconds"],
-        "solved_at_env_steps": summary["solved_at_env_steps"],
-        "solved_at_seconds": summary["solved_at_seconds"],
+        "solved_at_steps": at.get("steps"),
+        "solved_at_seconds": at.get("wall_seconds"),
     }
 
 
@@ -85,14 +86,15 @@ def theirs(python, algorithm, flags, seed, out):
         script = ["benchmark/peer_imitation.py", algorithm, "--demos", str(demos)]
         execute([python, *script, "--seed", str(seed), "--out", str(result)])
     found = json.loads(result.read_text())
-    last = found["curve"][-1] if "curve" in found else found
+    last = found["curve"][-1]
+    at = solved_point({"curve": found["curve"], "learner": last}, SOLVED) or {}
     return {
         "library": "imitation",
         "return_mean": last["return_mean"],
-        "env_steps": found.get("env_steps", 0),
-        "seconds": found.get("wall_seconds", found.get("train_seconds")),
-        "solved_at_env_steps": found.get("solved_at_env_steps"),
-        "solved_at_seconds": found.get("solved_at_seconds"),
+        "steps": last["steps"] if algorithm == "gail" else 0,
+        "seconds": last["wall_seconds"],
+        "solved_at_steps": at.get("steps"),
+        "solved_at_seconds": at.get("wall_seconds"),
         "versions": found["versions"],
     }
 

@@ -21,8 +21,11 @@ from pathlib import Path
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from racecar_env import RaceCarEnv, WaypointController, pybullet, record_laps
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experts")]
+from racecar import record_laps  # noqa: E402
+
+from racecar_env import RaceCarEnv, WaypointController, pybullet  # noqa: E402
 
 REPETITIONS = 50
 

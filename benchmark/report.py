@@ -4,9 +4,10 @@
     python benchmark/report.py --check    only name the pages that differ from the results
 
 A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
-between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run;
-NAME+NAME puts them side by side. peers_*.json hold rows instead of runs: other libraries on the
-same demonstrations; a file with a `table` already has its rows.
+between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run,
+or from benchmark/studies/; NAME+NAME puts them side by side. peers_*.json hold rows instead of
+runs: other libraries on the same demonstrations; a file with a `table` already has its rows.
+`solved` in a file is what its experiment asks for; without it, the script's own rule holds.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "benchmark" / "results", ROOT / "docs" / "figures"
+RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
+FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,9 +54,30 @@ def groups(rows, *names):
     return found
 
 
+def solved_point(run, goal):
+    """The point of the curve where a run is solved, or None.
+
+    Of two kinds of scripts: one keeps its last policy, and has to stay at `goal` from there to the
+    final evaluation. The other (AggreVaTeD) keeps the policy that validates best: if that one is
+    good in the final evaluation, the first good validation counts, or else the best."""
+    curve, learner = run["curve"], run["learner"]
+    key, _, _ = metric([run])
+    if goal is None:
+        at = [point for point in curve if point["steps"] == run["solved_at_steps"]]
+    elif "paired_differences" in run:
+        best = max(curve, key=lambda point: point[key])
+        good = [point for point in curve if point[key] >= goal]
+        at = [*good, best] if learner[key] >= goal else []
+    else:
+        points = [*curve, learner]
+        failures = [i for i, point in enumerate(points) if not point[key] >= goal]
+        at = curve[failures[-1] + 1 if failures else 0 :]
+    return at[0] if at else None
+
+
 def clock(run):
-    """The unit in which a run's progress is counted."""
-    return "env_steps" if run["env_steps"] else "updates"
+    """What a table counts: steps, as the script's --total-steps, or its roll-ins' (AggreVaTeD)."""
+    return "env_steps" if "env_steps" in run else "steps"
 
 
 def metric(runs):
@@ -64,27 +87,26 @@ def metric(runs):
     return "return_mean", "return", 1.0
 
 
-def variant_line(runs):
+def variant_line(runs, goal):
     """One variant's line of a table: {heading: text}."""
     key, name, unit = metric(runs)
     values = unit * np.array([run["learner"][key] for run in runs])
     low, high = bootstrap_interval(values)
-    solved, steps = [run["solved_at_seconds"] for run in runs], []
-    for run in runs:
-        at = [p for p in run["curve"] if p["wall_seconds"] == run["solved_at_seconds"]]
-        steps.append(at[0][clock(run)] if at else None)
+    at = [solved_point(run, goal) for run in runs]
+    steps = [point and point[clock(runs[0])] for point in at]
+    seconds = [point and point["wall_seconds"] for point in at]
     line = {
         "variant": runs[0]["variant"],
         f"{name}: IQM [95 %]": f"{interquartile_mean(values):.1f} [{low:.1f}, {high:.1f}]",
         "mean ± std": f"{values.mean():.1f} ± {values.std():.1f}",
         "every seed": ", ".join(f"{value:.4g}" for value in values),
-        "seeds solved": f"{len(runs) - solved.count(None)} of {len(runs)}",
+        "seeds solved": f"{len(runs) - at.count(None)} of {len(runs)}",
         f"{clock(runs[0])} to solved": median(steps),
-        "seconds to solved": median(solved, ".1f"),
+        "seconds to solved": median(seconds, ".1f"),
         "training, s": median([run["wall_seconds"] for run in runs], ".1f"),
     }
     distances = [run["learner"]["occupancy_distance"] for run in runs]
-    floors = [run["expert"]["occupancy_distance"] for run in runs if run["expert"]]
+    floors = [run["expert"]["occupancy_distance"] for run in runs]
     if None not in distances + floors:
         floor = f" ({np.mean(floors):.3f})" if floors else ""
         both = f"{np.mean(distances):.3f}, {np.median(distances):.3f}"
@@ -96,9 +118,10 @@ def variant_line(runs):
         line["random"] = f"{np.mean([run['random'][key] for run in runs]):.1f}"
         line["expert"] = f"{np.mean([run['expert'][key] for run in runs]):.1f}"
         line["learner - expert [95 %]"] = paired_gain(runs)
-    if "accuracy/held_out" in runs[0]["curve"][-1]:
-        accuracies = [run["curve"][-1]["accuracy/held_out"] for run in runs]
-        line["held-out accuracy"] = f"{np.mean(accuracies):.3f}"
+    for tag, heading in (("accuracy", "held-out accuracy"), ("losses", "held-out loss")):
+        if f"{tag}/held_out" in runs[0]["curve"][-1]:  # the first version logged the accuracy
+            found = [run["curve"][-1][f"{tag}/held_out"] for run in runs]
+            line[heading] = f"{np.mean(found):.3f}"
     return line
 
 
@@ -122,11 +145,11 @@ def peer_line(rows):
     line = {name: rows[0].get(name, "") for name in ("library", "algorithm", "variant")}
     line["return"] = f"{returns.mean():.1f} ± {returns.std():.1f}"
     line["training, s"] = median(column("seconds"), ".1f")
-    if any(column("env_steps")):
-        line["steps"] = median(column("env_steps"))
+    if any(column("steps")):
+        line["steps"] = median(column("steps"))
         solved = len(rows) - column("solved_at_seconds").count(None)
         line["seeds solved"] = f"{solved} of {len(rows)}"
-        line["steps to solved"] = median(column("solved_at_env_steps"))
+        line["steps to solved"] = median(column("solved_at_steps"))
         line["seconds to solved"] = median(column("solved_at_seconds"), ".1f")
     return line
 
@@ -139,12 +162,26 @@ def markdown(lines):
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+def path_of(name):
+    study = STUDIES / f"{name}.json"
+    return study if study.exists() else RESULTS / f"{name}.json"
+
+
 @cache
 def load(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads(path_of(name).read_text())
 
 
-def side_by_side(names, folder):
+def made_by(command, names, page):
+    """The line below a table. What was measured before the scripts' second version says so."""
+    about = [load(name) for name in names]
+    first = " (first version)" * any("commit" in result for result in about)
+    machine = f", on {about[0]['machine']}" if "machine" in about[0] else ""
+    links = [f"[{name}.json]({os.path.relpath(path_of(name), page.parent)})" for name in names]
+    return f"Made by `{command}`{machine}{first}; all runs: {', '.join(links)}.\n"
+
+
+def side_by_side(names, page):
     """The Markdown of several experiments with the same variants: a line each, mean ± std."""
     lines = []
     for name in names:
@@ -155,22 +192,20 @@ def side_by_side(names, folder):
             line[variant] = f"{values.mean():.1f} ± {values.std():.1f}"
             if "paired_differences" in runs[0]:
                 line[variant] += f" ({paired_gain(runs)})"
-        every = load(name)["runs"]
+        every, goal = load(name)["runs"], load(name)["solved"]
         if "paired_differences" not in every[0]:
-            stepped = any(run["env_steps"] for run in every)
-            solved, used = ([r[k] for r in every] for k in ("solved_at_env_steps", "env_steps"))
-            line["steps to solved"] = median(solved) if stepped else "none"
-            line["steps used"] = median(used) if stepped else "none"
+            at = [solved_point(run, goal) for run in every]
+            line["steps to solved"] = median([point and point["steps"] for point in at])
+            line["steps used"] = median([run["steps"] for run in every])
         lines.append(line)
-    files = ", ".join(f"[{name}.json]({folder}/{name}.json)" for name in names)
     command = f"python benchmark/run.py {' '.join(names)}"
-    return f"{markdown(lines)}\nMade by `{command}`; all runs: {files}.\n"
+    return f"{markdown(lines)}\n{made_by(command, names, page)}"
 
 
-def table(name, folder):
+def table(name, page):
     """The Markdown of an experiment's table, and below it the command that made it."""
     if "+" in name:
-        return side_by_side(name.split("+"), os.path.dirname(folder))
+        return side_by_side(name.split("+"), page)
     result = load(name)
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()
@@ -178,11 +213,9 @@ def table(name, folder):
     elif "table" in result:  # already in its final form
         lines = [{key: str(value) for key, value in row.items()} for row in result["table"]]
     else:
-        lines = [variant_line(runs) for runs in groups(result["runs"], "variant").values()]
-    made_by = f"`{result['command']}`"
-    if "machine" in result:
-        made_by += f", on {result['machine']}"
-    return f"{markdown(lines)}\nMade by {made_by}; all runs: [{name}.json]({folder}).\n"
+        parts = groups(result["runs"], "variant").values()
+        lines = [variant_line(runs, result["solved"]) for runs in parts]
+    return f"{markdown(lines)}\n{made_by(result['command'], [name], page)}"
 
 
 def fill(page):
@@ -190,15 +223,12 @@ def fill(page):
 
     def block(match):
         opening, kind, name, end = match.groups()
-        source, figure = (
-            os.path.relpath(path, page.parent)
-            for path in (RESULTS / f"{name}.json", FIGURES / f"{name}.png")
-        )
+        figure = os.path.relpath(FIGURES / f"{name}.png", page.parent)
         text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
-        if not all((RESULTS / f"{part}.json").exists() for part in name.split("+")):
+        if not all(path_of(part).exists() for part in name.split("+")):
             text = "not measured yet\n"
         elif kind == "table":
-            text = table(name, source)
+            text = table(name, page)
         return opening + text + end
 
     return BLOCK.sub(block, page.read_text())
@@ -239,7 +269,7 @@ def draw(name):
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[:panels]:
         for who, style in (("expert", "--"), ("random", ":")):
-            known = [run[who][key] for run in runs if run[who]]
+            known = [run[who][key] for run in runs if key in run[who]]
             if known:
                 axes.axhline(np.mean(known), color="gray", linestyle=style, label=who)
     for axes in grid.flat[panels:]:
@@ -269,7 +299,7 @@ def main():
         if not check:
             page.write_text(fill(page))
     for name in [] if check else sorted(figures):
-        if (RESULTS / f"{name}.json").exists():
+        if path_of(name).exists():
             draw(name)
     return int(check and bool(stale))
 

@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -32,8 +33,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 TRIES = 3  # if a run dies, each from its last checkpoint
-NOT_KEPT = ("out", "run_name", "resume")  # of a run's settings
+NOT_KEPT = ("out", "resume")  # of a run's settings
 NOT_SENT = [".git", ".venv*", "runs", "docs", "benchmark/results", "**/__pycache__"]  # to Ray
+KEPT = ("steps", "env_steps", "wall_seconds", "return_mean", "success_rate", "length_mean")
+KEPT += ("losses/held_out",)  # of a point of the curve
 
 
 def expand(name, experiment):
@@ -50,15 +53,6 @@ def expand(name, experiment):
             yield {**about, "program": program, "command": [*program, *words]}
 
 
-def prepare(experiment, root=ROOT):
-    """If an experiment's script is made by patching another one, make it below `root`."""
-    if "patch" in experiment:
-        made = root / experiment["script"]
-        made.parent.mkdir(parents=True, exist_ok=True)
-        command = ["patch", "-s", "-o", made, experiment["source"], experiment["patch"]]
-        subprocess.run(command, cwd=ROOT, check=True)
-
-
 def execute(run, out, root):
     """Start or resume a run, unless it is finished already; returns its summary."""
     folder = out / run["run_name"]
@@ -66,9 +60,11 @@ def execute(run, out, root):
     for _ in range(TRIES):
         if summary.exists():
             break
-        command = [*run["command"], "--out", str(out), "--run-name", run["run_name"]]
+        command = [*run["command"], "--out", str(folder)]
         if (folder / "checkpoint.pt").exists():
             command = [*run["program"], "--resume", str(folder)]
+        else:  # a run that died before its first checkpoint leaves nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
@@ -117,9 +113,7 @@ def tabulate(run, summary):
     if changed:
         was = f"{run['run_name']} was run with other settings: {', '.join(changed)}"
         raise SystemExit(f"{was}; remove its folder to run it again")
-    kept = ("env_steps", "updates", "wall_seconds", "return_mean", "success_rate")
-    kept += ("length_mean", "accuracy/held_out")
-    summary["curve"] = [{k: p[k] for k in kept if k in p} for p in summary["curve"]]
+    summary["curve"] = [{k: p[k] for k in KEPT if k in p} for p in summary["curve"]]
     command = shlex.join(["python", *run["command"]])
     return {"variant": run["variant"], "seed": run["seed"], "command": command, **summary}
 
@@ -129,13 +123,10 @@ def differences(command, args, root=ROOT):
     first = next(i for i, word in enumerate(command) if word.startswith("-"))
     path = root / command[first - 1]
     sys.path[:0] = {str(root), str(path.parent)} - set(sys.path)
-    asked, default = (
-        vars(importlib.import_module(path.stem).parse_args(flags))
-        for flags in (command[first:], [])
-    )
-    known = {name: args.get(name, default[name]) for name in asked if name not in NOT_KEPT}
-    changed = [k for k, value in known.items() if asked[k] is not None and asked[k] != value]
-    return changed + sorted(args.keys() - asked.keys())  # those that the script no longer has
+    asked = vars(importlib.import_module(path.stem).parse_args(command[first:]))
+    changed = [k for k, value in asked.items() if k in args and args[k] != value]
+    changed += sorted(asked.keys() ^ args.keys())  # a setting that is new or gone
+    return [name for name in changed if name not in NOT_KEPT]
 
 
 def main():
@@ -155,7 +146,6 @@ def main():
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
-        prepare(table[name])
         runs = list(expand(name, table[name]))
         done = on_ray(runs, out) if args.ray else local(runs, out, args.jobs)
         try:
@@ -166,7 +156,8 @@ def main():
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
         rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]
-        result = {"command": f"python benchmark/run.py {name}", "runs": rows}
+        result = {"command": f"python benchmark/run.py {name}"}
+        result |= {"solved": table[name].get("solved"), "runs": rows}
         (args.results / f"{name}.json").write_text(json.dumps(result, indent=1))
 
 

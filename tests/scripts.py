@@ -1,183 +1,127 @@
-"""The scripts, and for each a run that is short but still goes through everything."""
+"""The scripts, each with flags for a run that is short but still goes through everything."""
 
+import importlib
 import importlib.util
-import io
+import json
+import multiprocessing
 import os
-import re
 import subprocess
 import sys
-import zipfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sync
 import torch
+import toys
+from written import weights
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 sys.path.insert(0, str(ROOT))
-
-RACECAR = (
-    "--hidden 8 --num-envs 2 --num-steps 32 --epochs 2 --minibatch-size 32"
-    " --discriminator-updates 3 --discriminator-batch 32"
-)
-GAIL = (
-    "--hidden 8 --num-envs 4 --num-steps 32 --epochs 2 --minibatch-size 32"
-    " --discriminator-updates 3 --discriminator-batch 32"
-)
-
-
-AGGREVATED = (
-    "--hidden 8 --critic-hidden 8 --num-envs 2 --mixing 2 --batch-size 16 --critic-updates 3"
-    " --policy-updates 3 --expert-episodes 5"
-    " --validation-episodes 4 --eval-every 1"
-)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the scripts for one task have in common."""
-
-    env_id: str
-    demos: Path | None  # None if the expert is queried
-    expert_return: float | None
-    observation: tuple
-    action: tuple
-    action_dtype: type
-
-
-TASKS = {
-    "cartpole": Task(
-        "CartPole-v1", ROOT / "experts" / "CartPole-v1_ppo.npz", 500.0, (4,), (), np.int64
-    ),
-    "racecar": Task("RaceCar-v0", ROOT / "experts" / "RaceCar-v0.npz", 3.0, (9,), (2,), np.float32),
-    "bipedal": Task("BipedalWalker-v3", None, None, (24,), (4,), np.float32),
-}
+PYBULLET = importlib.util.find_spec("pybullet") is not None  # no wheels from Python 3.12 on
+FILES = Path(tempfile.mkdtemp())  # what the toys' experts did
 
 
 @dataclass(frozen=True)
 class Case:
-    """One script with one set of flags."""
+    """A script, a task that is over in no time, and flags."""
 
     script: str
+    env_id: str
     flags: str
-    full: int  # the budget of about three iterations
-    half: int  # a smaller one
-    loss: str  # one of its loss functions, for a test to break
-    calls: int  # how often that is called in the first iteration, or a little more
+    every: int  # how far an iteration takes it
 
     def __str__(self):
-        return "-".join([self.script, *re.split("--policy-gradient |--algorithm ", self.flags)[1:]])
-
-    @property
-    def path(self):
-        return ROOT / f"{self.script}.py"
+        return f"{self.script}-{self.env_id}"
 
     @property
     def module(self):
         return importlib.import_module(self.script)
 
     @property
-    def task(self):
-        return TASKS[sync.task_of(self.script)]
+    def queries(self):
+        """Does it query its expert, in place of demonstrations?"""
+        return "aggrevated" in self.script
 
-    @property
-    def budget(self):
-        return "--" + self.module.BUDGET.replace("_", "-")
+    def argv(self, *flags, iterations=3):
+        """A command line; a later flag wins."""
+        task = [] if "Race" in self.env_id else ["--env-id", self.env_id]
+        if self.queries:
+            task += ["--expert", expert(self.env_id)]
+        elif task:
+            task += ["--demos", demos(self.env_id)]
+        budget = ["--total-steps", iterations * self.every, "--eval-every", self.every]
+        tiny = ["--eval-episodes", 2, "--no-progress", *self.flags.split()]
+        return [str(word) for word in (*task, *budget, *tiny, *flags)]
 
-    def argv(self, folder, *flags, budget=None):
-        """The command line of a run into `folder`; a later flag wins."""
-        argv = ["--out", folder.parent, "--run-name", folder.name, "--no-progress"]
-        argv += ["--eval-every", 100, "--eval-episodes", 4, *self.flags.split()]
-        argv += [self.budget, budget or self.full, *flags]
-        return [str(argument) for argument in argv]
+    def main(self, *argv):
+        """The exit status, in this process."""
+        return self.module.main([str(word) for word in argv])
 
-    def run(self, folder, *flags, budget=None):
+    def run(self, folder, *flags, iterations=3):
         """Run it in this process; returns the weights of its policy."""
-        assert self.module.main(self.argv(folder, *flags, budget=budget)) == 0
+        assert self.main(*self.argv("--out", folder, *flags, iterations=iterations)) == 0
         return weights(folder)
 
-    def resume(self, folder, budget=None):
-        argv = ["--resume", str(folder), self.budget, str(budget or self.full)]
-        assert self.module.main(argv) == 0
+    def resume(self, folder, *flags, iterations=3):
+        budget = ["--total-steps", iterations * self.every]
+        assert self.main("--resume", folder, *budget, *flags) == 0
         return weights(folder)
 
-    def start(self, argv, cwd=ROOT):
-        """Start it as a process of its own."""
-        command = [sys.executable, f"{self.script}.py", *argv]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def fork(self, *argv):
+        """Start it in a fork of this process, where everything is imported already."""
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=lambda: sys.exit(self.main(*argv)))
+        process.start()
+        return process
+
+    def start(self, *argv, **settings):
+        """Start it as a process of its own, which takes some seconds."""
+        command = [sys.executable, str(ROOT / f"{self.script}.py"), *map(str, argv)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+        return subprocess.Popen(command, **{**pipes, "env": environment(), **settings})
 
 
-CASES = [
-    Case(
-        "bc_cartpole",
-        "--hidden 8 --batch-size 16 --learning-rate 1e-4",
-        *(300, 150, "behavioural_cloning_loss", 101),
-    ),
-    Case("gail_cartpole", f"{GAIL} --policy-gradient ppo", 360, 200, "discriminator_loss", 4),
-    Case(
-        "gail_cartpole",
-        f"{GAIL} --absorbing --reward airl --bc-updates 2 --policy-gradient reinforce",
-        *(360, 200, "discriminator_loss", 4),
-    ),
-    Case(
-        "gail_offline_cartpole",
-        "--hidden 8 --batch-size 16 --policy-lr 1e-4",
-        *(300, 200, "expected_discriminator_loss", 101),
-    ),
-]
-PYBULLET = importlib.util.find_spec("pybullet") is not None  # no wheels from Python 3.12 on
-RACECAR_CASES = [
-    Case("gail_racecar_ppo", RACECAR, 180, 100, "discriminator_loss", 7),
-    Case(
-        "gail_racecar_reinforce",
-        f"{RACECAR} --absorbing --reward airl --bc-updates 2",
-        *(180, 100, "discriminator_loss", 7),
-    ),
-]
-CASES += RACECAR_CASES * PYBULLET
-CASES += [
-    Case("aggrevated_bipedal", AGGREVATED, 3, 2, "aggrevated_loss", 4),
-    Case("aggrevated_bipedal", f"{AGGREVATED} --algorithm dagger", 3, 2, "dagger_loss", 4),
-]
-SCRIPTS = list({case.script: case for case in reversed(CASES)}.values())[::-1]  # one case of each
-WATCHERS = [case for case in SCRIPTS if case.task.demos]  # those that learn from demonstrations
+def environment(**changes):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **changes}
 
 
-def weights(folder):
-    return torch.load(folder / "policy.pt", weights_only=True)["weights"]
+SMALL = "--hidden 8 --batch-size 16"
+GAIL = "--hidden 8 --num-envs 3 --num-steps 16 --epochs 2 --discriminator-updates 3 --schedule 480"
+OTHER = "--policy-gradient reinforce --reward airl --absorbing yes --bc-updates 2"
+RACE = "--hidden 8 --num-envs 2 --num-steps 32 --epochs 2 --discriminator-updates 3"
+ASKING = f"{SMALL} --critic-hidden 8 --num-envs 2 --switch 12 --validation-episodes 4"
+ASKING += " --critic-updates 3 --policy-updates 3"
+BC = Case("bc_cartpole", "Toy-v0", SMALL, 100)
+PPO = Case("gail_cartpole", "Toy-v0", GAIL, 48)
+REINFORCE = Case("gail_cartpole", "ToyBox-v0", f"{GAIL} {OTHER}", 48)
+OFFLINE = Case("gail_offline_cartpole", "Toy-v0", SMALL, 100)
+RACECAR = [Case(f"gail_racecar_{x}", "RaceCar-v0", RACE, 64) for x in ("ppo", "reinforce")]
+AGGREVATED = Case("aggrevated_bipedal", "ToyBox-v0", ASKING, 1)
+DAGGER = Case("aggrevated_bipedal", "ToyBox-v0", f"{ASKING} --algorithm dagger --standardize", 1)
+WATCHING = [BC, PPO, OFFLINE, *RACECAR * PYBULLET]  # a case of each script with demonstrations
+CASES = [*WATCHING, REINFORCE, AGGREVATED, DAGGER]
+FEW = [case for case in CASES if case not in RACECAR[1:]]  # PyBullet is slow
 
 
-def same(ours, theirs):
-    """Are these weights the same to the last bit?"""
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def finite(content):
-    """Is every tensor and float in this nest of dicts and lists finite?"""
-    if isinstance(content, dict | list | tuple):
-        return all(map(finite, content.values() if isinstance(content, dict) else content))
-    if isinstance(content, float):
-        content = torch.tensor(content)
-    return not isinstance(content, torch.Tensor) or bool(torch.isfinite(content).all())
-
-
-def falling_expert(path):
-    """Write an expert for the walker that throws itself to the ground; returns its path."""
-    with zipfile.ZipFile(ROOT / "experts" / "BipedalWalker-v3_weak.zip") as archive:
-        about, weights = archive.read("data"), io.BytesIO(archive.read("policy.pth"))
-    weights, memory = torch.load(weights, weights_only=True), io.BytesIO()
-    weights["actor.mu.weight"][:] = 0
-    weights["actor.mu.bias"][:] = 3
-    torch.save(weights, memory)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("policy.pth", memory.getvalue())
-        archive.writestr("data", about)
+def demos(env_id):
+    """The path of its demonstrations; those of a task that hides rewards are the seeing one's."""
+    path = FILES / f"{env_id}.npz"
+    if not path.exists():
+        arrays = toys.demonstrations(env_id.replace("Blind", "Toy"))
+        np.savez(path, **{**arrays, "metadata": json.dumps({"env_id": env_id})})
     return path
 
 
-def linear_rule(observations):
-    """Balances the pole for 500 steps."""
-    return (observations @ [0.1, 0.5, 3.0, 1.0] > 0).astype(int)
+def expert(env_id, gain=3.0):
+    """The path of a .pt of plain weights: an expert for ToyBox-v0 that pushes towards 0."""
+    path = FILES / f"{env_id}_{gain}.pt"
+    weight = {"mean": torch.zeros(3), "deviation": torch.ones(3)}
+    layers = {0: torch.tensor([[-gain, 0, 0]] * 2), 2: 0.4 * torch.ones(2, 2)}
+    weight |= {f"network.{i}.weight": layer for i, layer in layers.items()}
+    weight |= {f"network.{i}.bias": torch.zeros(2) for i in layers}
+    about = {"sizes": [3, 2, 2], "activation": "tanh", "low": [-1.0, 0.0], "high": [1.0, 2.0]}
+    saved = {"script": "aggrevated_bipedal", "env_id": env_id, "settings": about}
+    torch.save({**saved, "weights": weight, "source": {"expert": "a rule"}}, path)
+    return path

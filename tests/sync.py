@@ -16,30 +16,18 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [
-    name
-    for name in (
-        "bc_cartpole.py",
-        "gail_cartpole.py",
-        "gail_offline_cartpole.py",
-        "gail_racecar_ppo.py",
-        "gail_racecar_reinforce.py",
-        "aggrevated_bipedal.py",
-    )
-    if (ROOT / name).exists()
-]
+SCRIPTS = [f"{name}.py" for name in (
+    "bc_cartpole", "gail_cartpole", "gail_offline_cartpole",
+    "gail_racecar_ppo", "gail_racecar_reinforce", "aggrevated_bipedal",
+)]  # fmt: skip
 BANNER = "# The harness: "
-OWN = {"train", "add_settings", "diagnose", "update_policy"}
-PER_TASK = {
-    *("Policy", "make_envs", "make_expert", "rollout"),
-    *("make_pairs", "add_absorbing_pairs", "gradient_penalty"),
-}
+OWN = {"train", "add_settings", "diagnose", "update_policy", "mlp"}
+PER_TASK = {"Policy", "Discriminator", "gradient_penalty"}
 ASKING = {"aggrevated_bipedal.py"}
 OWN_HARNESS = {
-    *("parse_args", "main"),
-    *("Run.__init__", "Run.record", "Run.evaluate", "Run.finish", "Run.judge"),
+    *("parse_args", "judge", "Run", "Run.__init__", "Run.load", "Run.record", "Run.evaluate"),
+    *("Run.finish",),
 }
-TASKS = ("cartpole", "racecar", "bipedal")
 
 
 def split(text):
@@ -95,32 +83,29 @@ def copy_from(model, text, same_task=True, same_harness=True):
     for name in ours.keys() & theirs.keys() - OWN - (set() if same_task else PER_TASK):
         above = above.replace(ours[name], theirs[name])
     if not same_harness:
-        ours, theirs = definitions(old), definitions(harness)
-        for name in ours.keys() & theirs.keys() - OWN_HARNESS - {"Run"}:
+        ours, theirs = members(old), members(harness)
+        for name in ours.keys() & theirs.keys() - OWN_HARNESS:
+            indent = "    " * ("." in name)
+            ours[name], theirs[name] = (textwrap.indent(x[name], indent) for x in (ours, theirs))
             old = old.replace(ours[name], theirs[name])
     return above + (harness if same_harness else old)
 
 
 def task_of(script):
-    return next((task for task in TASKS if task in script), None)
+    return script.removesuffix(".py").split("_")[-1 if "cartpole" in script else 1]
+
+
+def texts():
+    return {name: (ROOT / name).read_text() for name in SCRIPTS}
 
 
 def main():
-    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     if len(sys.argv) > 1:
-        model, task = texts[sys.argv[1]], task_of(sys.argv[1])
-        texts = {
-            name: copy_from(
-                model,
-                text,
-                task == task_of(name),
-                (name in ASKING) == (sys.argv[1] in ASKING),
-            )
-            for name, text in texts.items()
-        }
-        for name, text in texts.items():
-            (ROOT / name).write_text(text)
-    found = differences(texts)
+        model, found = sys.argv[1], texts()
+        for name, text in found.items():
+            alike = (task_of(name) == task_of(model), (name in ASKING) == (model in ASKING))
+            (ROOT / name).write_text(copy_from(found[model], text, *alike))
+    found = differences(texts())
     print("\n".join(found) or "the scripts agree")
     return bool(found)
 

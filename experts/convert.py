@@ -1,0 +1,226 @@
+"""Turn a SAC or TD3 of stable-baselines3 into an expert that aggrevated_bipedal.py can query.
+
+    python experts/convert.py model.zip --env-id Pendulum-v1 --out expert.pt
+    python aggrevated_bipedal.py --env-id Pendulum-v1 --expert expert.pt
+
+The zip holds weights, and settings in JSON: pickled objects, each with a description in plain
+text. Nothing is unpickled; only the text is read. Whatever would change the actions and does not
+fit into the new file (a features extractor, gSDE, another activation) is refused.
+
+What no zip says: whether the model was trained inside VecNormalize, and whether its class had a
+`predict` of its own. So some greedy episodes are played, and their mean return is printed beside
+that of random actions: is it what you expect?
+
+The zips of this repository's first version (weights and a short JSON file) are read as well.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+MAX_BYTES = 2**28  # unpacked; 256 MB
+FIRST_VERSION = {"env_id", "algorithm", "versions", "command", "file"}
+BOX = r"<class 'gym(nasium)?\.spaces\.box\.Box'>"
+FLATTEN = "<class 'stable_baselines3.common.torch_layers.FlattenExtractor'>"
+ACTIVATIONS = {f"<class 'torch.nn.modules.activation.{x}'>": x.lower() for x in ("ReLU", "Tanh")}
+# Arguments of the policy's class that change its actions, with what they may be, and those that
+# do not: FlattenExtractor has no weights to share, and only images are ever divided by 255.
+EXPECTED = {
+    "features_extractor_class": [FLATTEN],
+    "features_extractor_kwargs": ["{}", "None"],
+    "use_sde": ["False"],
+    "activation_fn": list(ACTIVATIONS),
+}
+HARMLESS = ["net_arch", "n_critics", "optimizer_class", "optimizer_kwargs", "log_std_init"]
+HARMLESS += ["use_expln", "clip_mean", "share_features_extractor", "normalize_images"]
+DROPPED = r"(actor\.log_std|actor_target\.mu\.\d+|critic(_target)?\.qf\d+\.\d+)\.(weight|bias)"
+
+
+class BadInput(Exception):
+    """Something that the user can fix: one line on stderr, exit status 2."""
+
+
+def check(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def unzip(file, *names):
+    with zipfile.ZipFile(file) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        check(size <= MAX_BYTES, f"{size} bytes when unpacked, expected at most {MAX_BYTES}")
+        return [archive.read(name) for name in names]
+
+
+def read_zip(path):
+    """The settings and the weights of a model; nothing in them is unpickled."""
+    data, pth = unzip(path, "data", "policy.pth")
+    unzip(io.BytesIO(pth))  # torch.save writes a zip, too
+    data, weights = json.loads(data), torch.load(io.BytesIO(pth), "cpu", weights_only=True)
+    check(isinstance(data, dict), f"data is a {type(data).__name__}, expected a dictionary")
+    tensors = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
+    check(tensors, "policy.pth has something else, expected a dictionary of tensors")
+    return data, weights
+
+
+def read_settings(data, env):
+    """The policy ("SAC" or "TD3") and its activation, from the plain text; or a refusal."""
+    policy = data.get("policy_class", {})
+    found = f"{policy.get('__module__')} {policy.get('__init__')}".partition(" at 0x")[0]
+    names = r"stable_baselines3\.(?:sac|td3)\.policies <function (SAC|TD3)Policy\.__init__"
+    match = re.fullmatch(names, found)
+    check(match, f"policy class {found}, expected SAC's or TD3's own")
+    check(data.get("use_sde") is False, f"use_sde {data.get('use_sde')}, expected False: no gSDE")
+    included = data.get("_vec_normalize_env")  # only where save() was told to include it
+    check(included is None, "trained inside VecNormalize, expected observations as they are")
+    options = {k: str(v) for k, v in data["policy_kwargs"].items() if not k.startswith(":")}
+    for name, value in options.items():
+        allowed = EXPECTED.get(name, [value] if name in HARMLESS else ["no such argument"])
+        check(value in allowed, f"policy_kwargs: {name} {value}, expected {' or '.join(allowed)}")
+    for name, ours in (("observation", env.observation_space), ("action", env.action_space)):
+        theirs = data[f"{name}_space"]
+        box = re.fullmatch(BOX, theirs[":type:"])
+        check(box, f"{name} space {theirs[':type:']}, expected a Box")
+        shape = tuple(theirs["_shape"])
+        check(shape == ours.shape, f"{name}s of shape {shape}, expected the task's {ours.shape}")
+        for bound in ("low", "high"):
+            text, expected = theirs[bound], getattr(ours, bound)
+            values = [float(x) for x in text.strip("[]").split()]
+            same = len(values) == len(expected) and np.allclose(values, expected, rtol=1e-5)
+            check(same, f"{name}s with {bound} {text}, expected the task's {expected}")
+    return match[1], ACTIVATIONS[options.get("activation_fn", EXPECTED["activation_fn"][0])]
+
+
+def actor_layers(weights, policy, env):
+    """The names of the actor's linear layers, first to last, and the sizes between them."""
+    hidden, last = ("actor.latent_pi", ["actor.mu"]) if policy == "SAC" else ("actor.mu", [])
+    found = {k: tuple(x.shape) for k, x in weights.items() if not re.fullmatch(DROPPED, str(k))}
+    depth = sum(bool(re.fullmatch(rf"{hidden}\.\d+\.weight", str(name))) for name in found)
+    layers = [f"{hidden}.{2 * i}" for i in range(depth)] + last  # odd numbers are activations
+    between = [sum(found.get(f"{layer}.bias", ())) for layer in layers[:-1]]
+    sizes = [*env.observation_space.shape, *between, *env.action_space.shape]
+    expected = {f"{x}.weight": (o, i) for x, (i, o) in zip(layers, pairwise(sizes))}
+    expected |= {f"{x}.bias": (o,) for x, o in zip(layers, sizes[1:])}
+    theirs, ours = found.items() - expected.items(), expected.items() - found.items()
+    text = f"policy.pth has {[*theirs][:3]}, expected {[*ours][:3] or 'the layers of an MLP alone'}"
+    check(found == expected, text)
+    kinds = {weights[name].dtype for name in expected}
+    check(kinds <= {torch.float16, torch.float32}, f"{kinds}, expected float32 or float16")
+    large = sum(weights[name].numel() for name in expected) > MAX_BYTES // 4
+    finite = not large and all(weights[name].isfinite().all() for name in expected)
+    check(finite, "weights that are NaN, infinite or too many, expected finite ones")
+    return layers, sizes
+
+
+def actions(weights, layers, settings, x):
+    """tanh(network(x)), from [-1, 1] to the range of the actions: (batch, act)."""
+    for layer in layers:
+        weight, bias = (weights[f"{layer}.{kind}"].float() for kind in ("weight", "bias"))
+        x = torch.nn.functional.linear(x, weight, bias)
+        x = getattr(torch, settings["activation"])(x) if layer != layers[-1] else x.tanh()
+    low, high = torch.tensor(settings["low"]), torch.tensor(settings["high"])
+    return (low + high) / 2 + (high - low) / 2 * x  # exactly x, where the range is [-1, 1]
+
+
+def play(env, act, episodes):
+    """The mean return."""
+    total = 0.0
+    for episode in range(episodes):
+        (observation, _), over, steps = env.reset(seed=episode), False, 0
+        while not over and steps < 10_000:  # a task may have no limit of its own
+            observation, reward, terminated, truncated, _ = env.step(act(observation))
+            total, over, steps = total + reward, terminated or truncated, steps + 1
+    return float(total / episodes)
+
+
+def convert(args, argv):
+    path, out = Path(args.model), Path(args.out)
+    check(args.episodes > 0, f"--episodes {args.episodes}, expected at least 1")
+    check(not out.exists(), f"--out {out} exists already, expected a new file")
+    try:
+        env = gym.make(args.env_id)
+    except Exception as error:  # a task may raise anything
+        raise BadInput(f"--env-id {args.env_id}: {error}") from None
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        check(flat, f"--env-id {args.env_id}: {name} {space}, expected a flat Box")
+    bounded = env.action_space.is_bounded() and env.action_space.dtype.kind == "f"
+    check(bounded, f"--env-id {args.env_id}: actions {env.action_space}, expected bounded floats")
+    for folder in (path.parent, path.with_suffix("")):  # CheckpointCallback's place, rl-zoo3's
+        for pkl in folder.glob("*vec*normalize*.pkl"):
+            raise BadInput(f"{pkl} lies beside it, expected no VecNormalize (another's? Move it)")
+    data, weights = read_zip(path)
+    if "env_id" in data and data.keys() <= FIRST_VERSION:
+        policy, activation, trained_on = "SAC", "relu", data["env_id"]  # TQC's actor is SAC's
+        source = {k: v for k, v in data.items() if k != "env_id"}
+        check(trained_on == args.env_id, f"an expert for {trained_on}, expected {args.env_id}")
+        unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+        check(unit, f"actions in [-1, 1], expected the task's {env.action_space}")
+    else:
+        policy, activation = read_settings(data, env)
+        source = {"algorithm": policy, "steps": data.get("num_timesteps")}
+    layers, sizes = actor_layers(weights, policy, env)
+    settings = {"sizes": sizes, "activation": activation}
+    settings |= {x: [float(y) for y in getattr(env.action_space, x)] for x in ("low", "high")}
+    ours = {"mean": torch.zeros(sizes[0]), "deviation": torch.ones(sizes[0])}
+    for i, layer in enumerate(layers):
+        for kind in ("weight", "bias"):
+            ours[f"network.{2 * i}.{kind}"] = weights[f"{layer}.{kind}"].clone()
+
+    def act(observations):
+        return actions(weights, layers, settings, torch.as_tensor(observations).float()).numpy()
+
+    env.action_space.seed(0)
+    score = {"episodes": args.episodes, "return_mean": play(env, act, args.episodes)}
+    score["random"] = play(env, lambda _: env.action_space.sample(), args.episodes)
+    source |= {"score": score, "converted": shlex.join(["python", "experts/convert.py", *argv])}
+    source["converted_with"] = {"gymnasium": gym.__version__, "torch": str(torch.__version__)}
+    expert = {"script": "aggrevated_bipedal", "env_id": args.env_id, "settings": settings}
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({**expert, "weights": ours, "source": source}, temporary)
+        saved = torch.load(temporary, weights_only=True)
+        ours, names = saved["weights"], [f"network.{2 * i}" for i in range(len(layers))]
+        probe = 3 * torch.randn(256, sizes[0], generator=torch.Generator().manual_seed(0))
+        x = (probe - ours["mean"]) / ours["deviation"]
+        again = actions(ours, names, saved["settings"], x).numpy()
+        check(np.array_equal(again, act(probe)), f"--out {out}: not the model's actions, a bug")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
+    print(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
+    if "policy_class" in data:
+        print("If that is too low: was it trained inside VecNormalize? No zip says that.")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("convert.py", None, __doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda text: parser.exit(2, f"convert.py: {' '.join(text.split())[:400]}\n")
+    parser.add_argument("model", metavar="MODEL.zip", help="what model.save() wrote")
+    parser.add_argument("--env-id", required=True, help="the task, which the zip does not name")
+    parser.add_argument("--out", required=True, metavar="EXPERT.pt", help="a new file")
+    parser.add_argument("--episodes", type=int, default=10, help="how many to play (default: 10)")
+    args = parser.parse_args(argv)
+    try:
+        convert(args, argv)
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        name = "" if isinstance(error, BadInput) else f"cannot be read: {type(error).__name__}: "
+        parser.error(f"{args.model}: {name}{error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""experts/convert.py and experts/from_minari.py: what they convert exactly, what they refuse."""
+
+import base64
+import io
+import json
+import pickle
+import sys
+import zipfile
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from gymnasium.wrappers import RescaleAction, TransformAction
+from stable_baselines3 import DDPG, PPO, SAC, TD3
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+from stable_baselines3.sac.policies import SACPolicy
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
+convert, from_minari = import_module("convert"), import_module("from_minari")
+h5py = from_minari.h5py
+needs_h5py = pytest.mark.skipif(h5py is None, reason="needs h5py")
+WALKER = partial(gym.make, "BipedalWalker-v3", max_episode_steps=5)
+LOW, HIGH = np.float32([-3, 0, -1, 0.5]), np.float32([1, 2, 1, 2.5])
+WIDE = Box(LOW, np.float32(np.inf))
+gym.register("Converted-v0", lambda **_: RescaleAction(WALKER(), LOW, HIGH))
+gym.register("Unbounded-v0", lambda **_: TransformAction(WALKER(), None, WIDE))
+
+
+class Payload:
+    """Makes a file if it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("canary", "w")
+
+
+@pytest.fixture
+def refuses(tmp_path, capsys, monkeypatch):
+    """In one line on stderr, with nothing written and nothing run."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuses(module, word, *argv):
+        before = {x: x.read_bytes() for x in Path().rglob("*") if x.is_file()}
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            module.main(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert word in line and len(line) < 450
+        assert before == {x: x.read_bytes() for x in Path().rglob("*") if x.is_file()}
+
+    return refuses
+
+
+# --- convert.py -----------------------------------------------------------------------------------
+
+
+def model(algorithm=SAC, env="Converted-v0", policy="MlpPolicy", options=None, **kwargs):
+    """A tiny one, untrained, with large biases: the actions of a new one hardly differ."""
+    kwargs = {"net_arch": [8], **kwargs}
+    made = algorithm(policy, env, policy_kwargs=kwargs, seed=0, device="cpu", **(options or {}))
+    for name, x in made.policy.named_parameters():
+        if name.startswith("actor") and name.endswith("bias"):
+            nn.init.normal_(x)
+    return made
+
+
+def write(path, data, weights):
+    """A zip with these settings and weights."""
+    if isinstance(weights, dict):
+        torch.save(weights, file := io.BytesIO())
+        weights = file.getvalue()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", data if isinstance(data, bytes) else json.dumps(data))
+        archive.writestr("policy.pth", weights)
+
+
+def check_same(path, model):
+    """The model's actions, from the file alone, as its format is defined."""
+    expert = torch.load(path, weights_only=True)
+    settings, weights = expert["settings"], {k: x.float() for k, x in expert["weights"].items()}
+    seen = np.random.normal(size=(100, settings["sizes"][0])).astype(np.float32)
+    x = (torch.as_tensor(seen) - weights["mean"]) / weights["deviation"]
+    last = len(settings["sizes"]) - 2
+    for i in range(last + 1):
+        x = x @ weights[f"network.{2 * i}.weight"].T + weights[f"network.{2 * i}.bias"]
+        x = getattr(torch, settings["activation"] if i < last else "tanh")(x)
+    low, high = torch.tensor(settings["low"]), torch.tensor(settings["high"])
+    ours, (theirs, _) = (low + high + (high - low) * x) / 2, model.predict(seen, None, None, True)
+    assert np.abs(ours.numpy() - theirs).max() < 1e-5 and theirs.std(0).min() > 1e-4
+    return expert
+
+
+@pytest.mark.parametrize("env_id", ["Converted-v0", "Pendulum-v1"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("net_arch", [[], [16], [8, 16, 12], {"pi": [5, 6], "qf": [7]}], ids=str)
+@pytest.mark.parametrize("algorithm", [SAC, TD3, DDPG])
+def test_the_actions_are_the_models(algorithm, net_arch, activation, env_id, tmp_path):
+    path, out = tmp_path / "model.zip", tmp_path / "expert.pt"
+    theirs = model(algorithm, env_id, net_arch=net_arch, activation_fn=activation)
+    theirs.save(path)
+    convert.main([str(path), "--env-id", env_id, "--out", str(out), "--episodes", "1"])
+    check_same(out, theirs)
+
+
+def test_a_zip_of_the_first_version(tmp_path):
+    path, out, env_id = tmp_path / "old.zip", tmp_path / "new.pt", "BipedalWalker-v3"
+    theirs = model(SAC, env_id).policy
+    weights = {k: x.half() for k, x in theirs.state_dict().items() if "target" not in k}
+    write(path, {"env_id": env_id, "algorithm": "TQC", "command": "python x.py"}, weights)
+    convert.main([str(path), "--env-id", env_id, "--out", str(out), "--episodes", "1"])
+    theirs.load_state_dict(weights, strict=False)  # rounded, and float32 again
+    assert check_same(out, theirs)["source"]["command"] == "python x.py"
+
+
+MU = "actor.mu.weight"
+TimesTen = type("TimesTen", (FlattenExtractor,), {"forward": lambda self, x: 10 * x})  # no weights
+FRAMES = VecFrameStack(DummyVecEnv([lambda: gym.make("Converted-v0")]), 3)
+BAD_MODELS = [  # the model; the task it is converted for; a word of the line
+    ({"features_extractor_class": TimesTen}, "Converted-v0", "TimesTen"),
+    ({"policy": type("Mine", (SACPolicy,), {"__module__": "own"})}, "Converted-v0", "class own"),
+    ({"options": {"use_sde": True}}, "Converted-v0", "use_sde True"),
+    ({"activation_fn": nn.LeakyReLU}, "Converted-v0", "LeakyReLU"),
+    ({"algorithm": PPO}, "Converted-v0", "ActorCriticPolicy"),
+    ({"env": FRAMES}, "Converted-v0", "observations of shape (72,)"),
+    ({}, "CarRacing-v3", "flat Box"),
+    ({}, "Unbounded-v0", "bounded"),
+    ({}, "None-v0", "--env-id None-v0"),
+]
+BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the "weights"; a word
+    ("policy_kwargs", {"new": 1}, "new 1"),
+    ("policy_kwargs", {"features_extractor_kwargs": {"a": 1}}, "'a': 1"),
+    ("policy_class", {"__init__": "CnnPolicy"}, "CnnPolicy"),
+    ("_vec_normalize_env", {":type:": "VecNormalize"}, "VecNormalize"),
+    ("action_space", {":type:": "Dict"}, "Dict"),
+    ("action_space", {"low": "[-3. 0. 0. 0.]"}, "actions with low [-3. 0. 0. 0.]"),
+    ("observation_space", {"high": "[1. 1.]"}, "observations with high [1. 1.]"),
+    ("all", {}, "policy class"),
+    ("all", pickle.dumps(Payload(), 0), "JSON"),
+    ("all", {"env_id": "A-v0"}, "for A-v0"),
+    ("all", {"env_id": "Converted-v0"}, "[-1, 1]"),
+    ("weights", lambda x: x | {MU: x[MU] * np.nan}, "NaN"),
+    ("weights", lambda x: x | {MU: x[MU] + np.inf}, "infinite"),
+    ("weights", lambda x: x | {MU: x[MU].double()}, "float64"),
+    ("weights", lambda x: x | {MU: x[MU][:, :4]}, "(4, 4)"),
+    ("weights", lambda x: x | {MU: torch.zeros(1).expand(10**6, 10**6)}, "1000000"),
+    ("weights", lambda x: x | {"actor.extra": x[MU]}, "actor.extra"),
+    ("weights", lambda x: {k: x[k] for k in x if k != "actor.mu.bias"}, "mu.bias"),
+    ("weights", lambda x: {k.replace("pi.0", "pi.1"): x[k] for k in x}, "latent_pi"),
+    ("weights", lambda x: {MU: [1.0]}, "tensors"),
+    ("weights", lambda x: {MU: Payload()}, "UnpicklingError"),
+    ("weights", lambda x: pickle.dumps(Payload()), "not a zip"),
+]
+TO_TOY = ["model.zip", "--env-id", "Converted-v0", "--out", "expert.pt"]
+
+
+@pytest.mark.parametrize("made, env_id, word", BAD_MODELS)
+def test_bad_models(made, env_id, word, refuses):
+    model(**made).save("model.zip")
+    refuses(convert, word, "model.zip", "--env-id", env_id, "--out", "expert.pt")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    model().save(path := tmp_path_factory.mktemp("good") / "model.zip")
+    with zipfile.ZipFile(path) as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")))
+        return json.loads(archive.read("data")), weights
+
+
+@pytest.mark.parametrize("which, change, word", BAD_FILES)
+def test_bad_files(which, change, word, good, refuses):
+    data, weights = good
+    if which == "weights":
+        weights = change(weights)
+    else:
+        data = change if which == "all" else data | {which: data.get(which, {}) | change}
+    write("model.zip", data, weights)
+    refuses(convert, word, *TO_TOY)
+
+
+def test_what_lies_around_a_model(good, refuses, monkeypatch):
+    refuses(convert, "No such file", *TO_TOY)
+    pickled = {":serialized:": base64.b64encode(pickle.dumps(Payload())).decode()}
+    write("model.zip", good[0] | {"seed": pickled, "policy_kwargs": pickled}, good[1])
+    (normalizer := Path("model_vecnormalize_9_steps.pkl")).touch()
+    refuses(convert, "VecNormalize", *TO_TOY)
+    normalizer.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "MAX_BYTES", 1000)
+        refuses(convert, "at most 1000", *TO_TOY)
+    convert.main(TO_TOY)
+    assert not Path("canary").exists()  # what is pickled in the settings stays so
+    refuses(convert, "exists", *TO_TOY)
+
+
+# --- from_minari.py -------------------------------------------------------------------------------
+
+MINARI = ["toy", "--out", "demos.npz"]
+
+
+def dataset(change=None, about=None):
+    """Two episodes of CartPole, as Minari 0.5 writes them: terminated, and cut off."""
+    spec = {"id": "CartPole-v1", "entry_point": "os:mkdir", "kwargs": {"path": "canary"}}
+    (folder := Path("toy/data")).mkdir(parents=True)
+    text = json.dumps({"env_spec": json.dumps(spec), "data_format": "hdf5"} | (about or {}))
+    (folder / "metadata.json").write_text(text)
+    with h5py.File(folder / "main_data.hdf5", "w") as file:
+        for i, steps in enumerate((5, 3)):
+            group = file.create_group(f"episode_{i}")
+            group["observations"] = np.random.normal(size=(steps + 1, 4)).astype(np.float32)
+            group["actions"], group["rewards"] = np.arange(steps) % 2, np.ones(steps)
+            ends = np.arange(steps) == steps - 1
+            group["terminations"], group["truncations"] = ends & (i == 0), ends & (i == 1)
+        for name, value in (change or {}).items():
+            group.pop(name, None)
+            if callable(value):
+                value(group)
+            else:
+                group[name] = value
+
+
+@needs_h5py
+def test_minari(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "toy/..")
+    dataset()
+    from_minari.main(MINARI)
+    demos, last = np.load("demos.npz"), h5py.File("toy/data/main_data.hdf5")["episode_1"]
+    assert np.array_equal(demos["observations"][5:], last["observations"][:-1])
+    assert demos["actions"].dtype == np.int64 and list(demos["actions"]) == [0, 1, 0, 1, 0, 0, 1, 0]
+    assert list(np.flatnonzero(demos["episode_starts"])) == [0, 5] and len(demos["rewards"]) == 8
+    about = json.loads(str(demos["metadata"]))
+    assert (about["env_id"], about["returns"]) == ("CartPole-v1", [5, 3])
+    assert list(demos["terminated"]) == [True, False] and not Path("canary").exists()
+
+
+BAD_DATASETS = [  # what is changed in the second episode, in the metadata; a word of the line
+    ({"observations": lambda x: x.create_group("observations/a")}, {}, "is a Group"),
+    ({"observations": np.ones((4, 9, 9, 3))}, {}, "(4, 9, 9, 3)"),
+    ({"observations": np.ones((3, 4))}, {}, "expected (4, n)"),
+    ({"observations": np.ones((4, 5))}, {}, "expected one kind"),
+    ({"observations": np.full((4, 4), np.nan)}, {}, "NaN"),
+    ({"observations": ["a"] * 4}, {}, "object"),
+    ({"observations": h5py and h5py.SoftLink("/episode_0/observations")}, {}, "link"),
+    ({"observations": h5py and h5py.ExternalLink("other.hdf5", "/x")}, {}, "link"),
+    ({"actions": lambda x: x.create_dataset("actions", 3, "f4", external="other")}, {}, "another"),
+    ({"actions": lambda x: x.create_dataset("actions", (3, 10**9), "f4")}, {}, "larger than"),
+    ({"actions": np.ones((3, 2), int)}, {}, "expected (3,)"),
+    ({"actions": lambda x: x.create_dataset("actions", 3, h5py.vlen_dtype("i4"))}, {}, "object"),
+    ({"rewards": np.ones(0)}, {}, "empty"),
+    ({"truncations": [True, False, False]}, {}, "goes on"),
+    ({"terminations": lambda x: None}, {}, "no terminations"),
+    ({}, {"observation_space": '{"type": "Dict"}'}, "Dict"),
+    ({}, {"observation_space": '{"type": "Box", "shape": [9, 9, 3]}'}, "[9, 9, 3]"),
+    ({}, {"data_format": "arrow"}, "arrow"),
+    ({}, {"env_spec": None}, "expected --env-id"),
+    ({}, {"env_spec": json.dumps({"id": "this:A-v0"})}, "this:A-v0"),
+    ({}, {"env_spec": "{"}, "JSON"),
+]
+
+
+@needs_h5py
+@pytest.mark.parametrize("change, about, word", BAD_DATASETS)
+def test_bad_datasets(change, about, word, refuses):
+    dataset(change, about)
+    refuses(from_minari, word, *MINARI)
+
+
+@needs_h5py
+def test_bad_folders(refuses, monkeypatch):
+    refuses(from_minari, "no folder", *MINARI)
+    dataset()
+    refuses(from_minari, "has 2 episodes", *MINARI, "--episodes", "3")
+    data, about = Path("toy/data/main_data.hdf5"), Path("toy/data/metadata.json")
+    content = data.read_bytes()
+    data.write_bytes(content[:-100])
+    refuses(from_minari, "truncated", *MINARI)
+    h5py.File(data, "w").close()
+    refuses(from_minari, "has 0 episodes", *MINARI)
+    about.write_bytes(pickle.dumps(Payload()))
+    refuses(from_minari, "not JSON", *MINARI)
+    Path("demos.npz").touch()
+    refuses(from_minari, "exists", *MINARI)
+    monkeypatch.setattr(from_minari, "h5py", None)
+    refuses(from_minari, "pip install h5py", *MINARI)

@@ -1,0 +1,133 @@
+"""experts/train.py: tiny real trainings through its command line, and what it writes."""
+
+import importlib.util
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT
+
+pytest.importorskip("stable_baselines3")
+spec = importlib.util.spec_from_file_location("experts_train", ROOT / "experts" / "train.py")
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+missing = importlib.util.find_spec("sbx") is None
+TQC = pytest.param("tqc", marks=pytest.mark.skipif(missing, reason="sbx-rl is not installed"))
+
+
+class Counting(gym.Env):
+    """Six steps in which float64 observations count up; the action range is [-2, 6]."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-2, 6, (2,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.count = 0
+        return np.full(3, 0.1), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.full(3, self.count + 0.1), float(action[0]), self.count == 6, False, {}
+
+
+gym.register("Counting-v0", Counting)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the program in a new folder; gives its exit status and what it wrote to stderr."""
+    monkeypatch.setattr(train, "CHECKED", 4)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        status = train.main([*words, "--eval-episodes", "2"])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def build(algorithm, env_id):
+    """A model that has not been trained, and a few states as it sees them."""
+    words = (env_id, "--algorithm", algorithm, "--total-steps", "128", "--demos", "x.npz")
+    model = train.build(train.parse_args([*words, "--out", "x"]), 0)
+    states = np.random.default_rng(0).normal(size=(50, *model.observation_space.shape))
+    return model, states.astype(np.float32)
+
+
+def test_demonstrations_of_discrete_actions(run, tmp_path):
+    few = ("--total-steps", "512", "--episodes", "3", "--out", "run", "--demos", "new/a.npz")
+    assert run("CartPole-v1", *few) == (0, "")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npz"]
+    demos = np.load("new/a.npz", allow_pickle=False)
+    starts, rewards = demos["episode_starts"], demos["rewards"]
+    assert (demos["actions"].dtype, rewards.dtype, starts.dtype) == (np.int64, np.float32, bool)
+    assert starts.sum() == 3 and starts[0] and demos["terminated"].tolist() == [True] * 3
+    about = json.loads(str(demos["metadata"]))
+    assert about["returns"] == np.add.reduceat(rewards, np.flatnonzero(starts)).tolist()
+    assert about["env_id"] == "CartPole-v1" and about["score"]["episodes"] == 4
+
+
+def test_float64_observations_are_recorded_as_the_policy_saw_them(run):
+    few = ("--algorithm", "sac", "--total-steps", "24", "--out", "run", "--episodes", "2")
+    assert run("Counting-v0", *few, "--demos", "a.npz", "--expert", "a.pt") == (0, "")
+    demos, (policy, *_) = np.load("a.npz"), train.load_policy("a.pt")
+    assert (demos["observations"].dtype, demos["actions"].dtype) == (np.float32, np.float32)
+    counts = np.tile(np.arange(6) + 0.1, 2).astype(np.float32)
+    assert np.array_equal(demos["observations"], np.repeat(counts[:, None], 3, 1))
+    assert np.array_equal([policy.act(o) for o in demos["observations"]], demos["actions"])
+
+
+def test_a_weak_expert_is_refused_and_nothing_is_written(run, tmp_path):
+    few = ("--total-steps", "256", "--out", "run", "--demos", "new/a.npz", "--at-least", "500")
+    status, errors = run("CartPole-v1", *few)
+    assert status == 1 and "500" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_existing_file_is_refused_before_training(run, tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"mine")
+    status, errors = run("CartPole-v1", "--demos", "a.npz", "--out", "run")
+    assert status == 2 and "a.npz" in errors and errors.count("\n") == 1
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.npz", b"mine")]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac", TQC])
+def test_a_stopped_run_goes_on(run, algorithm):
+    few = ("--algorithm", algorithm, "--total-steps", "128", "--eval-every", "64", "--out", "run")
+    assert run("Counting-v0", *few, "--demos", "a.npz") == (0, "")
+    (state,), (model, _) = train.read("run/checkpoint.pt", "state"), build(algorithm, "Counting-v0")
+    train.load_state(model, algorithm, state)
+    again = train.state_of(model, algorithm)
+    assert again.pop("jax", None) == state.pop("jax", None)
+    torch.testing.assert_close(again, state, rtol=0, atol=0)
+    assert run("--resume", "run", "--demos", "b.npz", "--total-steps", "192", "--sampled")[0] == 0
+    with open("run/curve.json") as file:
+        assert [point["steps"] // 64 for point in json.load(file)["curve"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Counting-v0"])  # [-2, 2] and [-2, 6]
+@pytest.mark.parametrize("algorithm", ["sac", "td3", TQC])
+def test_the_file_has_the_greedy_actions_of_the_model(algorithm, env_id, tmp_path):
+    model, states = build(algorithm, env_id)
+    policy = train.Policy(algorithm, train.layers_of(model, algorithm), model.action_space)
+    policy.save(tmp_path / "a.pt", env_id, {})
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    settings, x = content["settings"], torch.tensor(states)
+    for i in range(0, 2 * len(settings["sizes"]) - 2, 2):
+        weight, bias = (content["weights"][f"network.{i}.{part}"] for part in ("weight", "bias"))
+        x = torch.nn.functional.linear(x.relu() if i else x, weight, bias)
+    low, high = (np.array(settings[name]) for name in ("low", "high"))
+    expected = model.predict(states, deterministic=True)[0]
+    assert np.abs(low + (np.tanh(x.numpy()) + 1) / 2 * (high - low) - expected).max() < 1e-5
+    assert np.abs([policy.act(state) for state in states] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_discrete_actions_are_those_of_the_model(algorithm):
+    model, states = build(algorithm, "CartPole-v1")
+    policy = train.Policy(algorithm, train.layers_of(model, algorithm), model.action_space)
+    expected = model.predict(states, deterministic=True)[0].tolist()
+    assert [policy.act(state) for state in states] == expected and len(set(expected)) == 2

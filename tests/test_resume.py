@@ -1,0 +1,201 @@
+"""A run that is stopped, however, and resumed ends with the bits of one that was not."""
+
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from scripts import AGGREVATED, BC, CASES, DAGGER, FEW, PPO, REINFORCE, demos, environment, expert
+from written import checkpoint, read_json, same, weights
+
+STOPS = [(case, signal.SIGKILL) for case in CASES]
+STOPS += [(REINFORCE, signal.SIGTERM), (DAGGER, signal.SIGINT)]
+
+
+def wait(process, folder):
+    """Until it has evaluated, and a little longer."""
+    while not (folder / "policy.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    time.sleep(random.uniform(0.0, 0.3))
+
+
+@pytest.mark.parametrize("case, how", STOPS, ids=lambda x: getattr(x, "name", x))
+def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
+    folder = tmp_path / "a run's folder"
+    assert case.module  # imported before it forks
+    process = case.fork(*case.argv("--out", folder, iterations=10**6))
+    try:
+        wait(process, folder)
+        os.kill(process.pid, how)
+        process.join(60)
+    finally:
+        process.kill()
+    steps = checkpoint(folder)["steps"]
+    errors = capfd.readouterr().err
+    if how == signal.SIGKILL:
+        assert process.exitcode == -how and not errors
+    else:
+        assert process.exitcode == 128 + how and steps % case.every == 0  # the iteration ended
+        (line,) = errors.splitlines()
+        assert line.endswith(shlex.join(["--resume", str(folder)]))
+    budget = ["--total-steps", steps + 1]
+    assert case.main("--resume", folder, *budget) == 0
+    assert same(weights(folder), case.run(tmp_path / "never stopped", *budget))
+
+
+def test_the_command_that_is_printed_can_be_pasted(tmp_path):
+    argv = PPO.argv("--out", "a run's folder", "--env-id", "toys:Toy-v0", iterations=10**6)
+    process = PPO.start(*argv, cwd=tmp_path)
+    try:
+        while not (tmp_path / "a run's folder" / "policy.pt").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.terminate()
+        (line,) = process.communicate(timeout=60)[1].splitlines()
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    settings = {"shell": True, "cwd": tmp_path, "env": environment(), "capture_output": True}
+    pasted = line.split("go on with: ")[1] + " --total-steps 1"
+    assert b"verdict" in subprocess.run(pasted, check=True, **settings).stdout
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_with_a_higher_budget(case, finish, tmp_path):
+    """And once more: what was changed on the way is kept, the curve and the clock go on."""
+    folder, finished = tmp_path / "run", finish(case)
+    case.run(folder, iterations=1)
+    first = read_json(folder / "summary.json")
+    assert same(case.resume(folder, "--eval-episodes", 3), weights(finished))
+    assert case.main("--resume", folder) == 0
+    assert same(weights(folder), weights(finished))
+    ours, theirs = (read_json(path / "summary.json") for path in (folder, finished))
+    assert ours["learner"]["episodes"] == 15 and ours["args"]["total_steps"] == 3 * case.every
+    assert ours["curve"][:1] == first["curve"] and len(ours["curve"]) == len(theirs["curve"])
+    assert ours["curve"][1]["wall_seconds"] > first["wall_seconds"]
+    assert ours["steps"] == theirs["steps"] and ours.get("demos") == theirs.get("demos")
+
+
+def test_with_a_lower_budget_it_ends_at_once(case, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    assert case.main("--resume", folder, "--total-steps", 1) == 0
+    assert same(weights(folder), weights(finished))
+    assert read_json(folder / "summary.json")["steps"] == 3 * case.every
+
+
+@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+def test_demonstrations_may_move_but_not_change(case, tmp_path, capsys):
+    """Neither those that are learnt from nor, at the end of the file, those that are held out."""
+    first, moved = tmp_path / "demos.npz", tmp_path / "moved.npz"
+    shutil.copy(demos(case.env_id), first)
+    case.run(tmp_path / "run", "--demos", first, iterations=1)
+    arrays = dict(np.load(first))
+    first.rename(moved)
+    for row in (0, -1):
+        changed = {**arrays, "observations": arrays["observations"].copy()}
+        changed["observations"][row if row else arrays["episode_starts"].nonzero()[0][:4]] += 1
+        np.savez(first, **changed)
+        capsys.readouterr()
+        before = weights(tmp_path / "run")
+        assert case.main("--resume", tmp_path / "run", "--total-steps", 10**6) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "has changed" in line and str(tmp_path / "run") in line
+        assert same(weights(tmp_path / "run"), before)
+    policy = case.resume(tmp_path / "run", "--demos", moved, iterations=2)
+    assert same(policy, case.run(tmp_path / "again", iterations=2))
+
+
+def test_an_expert_may_move_but_not_change(tmp_path, capsys):
+    path = shutil.copy(expert("ToyBox-v0"), tmp_path / "expert.pt")
+    AGGREVATED.run(tmp_path / "run", "--expert", path, iterations=1)
+    shutil.copy(expert("ToyBox-v0", gain=2.0), path)
+    capsys.readouterr()
+    assert AGGREVATED.main("--resume", tmp_path / "run", "--total-steps", 2) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has changed" in line
+    policy = AGGREVATED.resume(tmp_path / "run", "--expert", expert("ToyBox-v0"), iterations=2)
+    assert same(policy, AGGREVATED.run(tmp_path / "again", iterations=2))
+
+
+@pytest.mark.parametrize("flag", ["--hidden=5", "--seed=3", "--env-id=CartPole-v1"])
+def test_other_settings_are_refused(case, finished, flag, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    assert case.main("--resume", finished, "--total-steps", 10**6, flag) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flag.strip("-").split("=")[0].replace("-", "_") in line and str(finished) in line
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_a_task_that_cannot_be_replayed_begins_new_episodes(tmp_path, capsys):
+    metadata = {"metadata": '{"env_id": "Remembering-v0"}'}
+    np.savez(tmp_path / "demos.npz", **{**np.load(demos("Toy-v0")), **metadata})
+    flags = ["--env-id", "Remembering-v0", "--demos", tmp_path / "demos.npz"]
+    PPO.run(tmp_path / "run", *flags, iterations=2)
+    capsys.readouterr()
+    PPO.resume(tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "replayed" in line]
+    assert len(lines) == 1 and "new ones begin" in lines[0]
+
+
+# --- checkpoints that are not whole ---------------------------------------------------------------
+
+
+def refuses(case, folder, capsys):
+    capsys.readouterr()
+    status = case.main("--resume", folder, "--total-steps", 4 * case.every)
+    lines = capsys.readouterr().err.splitlines()
+    assert status in (0, 2) and len(lines) == (status == 2)
+    assert not lines or (str(folder) in lines[0] and len(lines[0]) < 600)
+    return status == 2
+
+
+def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    whole = checkpoint(folder)
+    names = {*whole, *whole["parts"]} - {"args"}  # see below
+    for name in names:
+        less = {key: part for key, part in whole.items() if key != name}
+        less["parts"] = {key: part for key, part in whole["parts"].items() if key != name}
+        less = less if name != "parts" else {k: v for k, v in whole.items() if k != "parts"}
+        torch.save(less, folder / "checkpoint.pt")
+        assert refuses(case, folder, capsys), name
+
+
+def test_a_checkpoint_without_settings(finish, tmp_path, capsys):
+    folder = shutil.copytree(finish(BC), tmp_path / "run")
+    whole = checkpoint(folder)
+    del whole["args"]
+    for args in ({}, {"args": 5}):
+        torch.save({**whole, **args}, folder / "checkpoint.pt")
+        assert refuses(BC, folder, capsys)
+
+
+@pytest.mark.parametrize("case", [PPO, AGGREVATED], ids=str)
+def test_a_checkpoint_with_any_damage(case, finish, tmp_path, capsys, long):
+    """It is refused, unless the damage is where it changes nothing."""
+    whole, rng = (finish(case) / "checkpoint.pt").read_bytes(), random.Random(0)
+    policy, refused = case.run(tmp_path / "more", iterations=4), 0
+    for number in range(1_000 if long else 40):
+        folder = shutil.copytree(finish(case), tmp_path / str(number))
+        damaged, at = bytearray(whole), rng.randrange(len(whole))
+        if number % 4 == 0:
+            del damaged[at:]
+        elif number % 4 == 1:
+            damaged[at : at + 64] = bytes(64)
+        else:
+            damaged[at] ^= 1 << rng.randrange(8)
+        (folder / "checkpoint.pt").write_bytes(damaged)
+        if damaged != whole and refuses(case, folder, capsys):
+            refused += 1
+        else:
+            assert same(weights(folder), policy) or damaged == whole
+        shutil.rmtree(folder)
+    assert refused > 0.8 * number

@@ -1,0 +1,137 @@
+"""Training reads observations, actions, terminated and truncated: no reward, no info, no test."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.registration import WrapperSpec
+from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos
+from toys import demonstrations
+from written import checkpoint, read_json, same, weights
+
+
+class Blind(gym.Wrapper):
+    """Every reward is NaN, info is empty."""
+
+    def reset(self, **settings):
+        return self.env.reset(**settings)[0], {}
+
+    def step(self, action):
+        observation, _, terminated, truncated, _ = self.env.step(action)
+        return observation, float("nan"), terminated, truncated, {}
+
+
+class Diary(gym.Wrapper):
+    """Remembers the seeds of all resets, and how often it was stepped after each."""
+
+    pages = []  # noqa: RUF012
+
+    def reset(self, **settings):
+        self.page = [settings.get("seed"), 0]
+        self.pages.append(self.page)
+        return self.env.reset(**settings)
+
+    def step(self, action):
+        self.page[1] += 1
+        return self.env.step(action)
+
+
+@pytest.fixture
+def wrap(monkeypatch):
+    """Put a wrapper around every environment of a task that is made from now on."""
+
+    def wrap(env_id, wrapper):
+        spec = copy.copy(gym.spec(env_id))
+        spec.vector_entry_point = None
+        spec.additional_wrappers = (WrapperSpec("Test", f"{__name__}:{wrapper.__name__}", {}),)
+        monkeypatch.setitem(gym.registry, env_id, spec)
+
+    return wrap
+
+
+@pytest.mark.parametrize("case", [BC, PPO, OFFLINE, REINFORCE, *RACECAR], ids=str)
+def test_rewards_and_info_change_nothing(case, finish, wrap, tmp_path):
+    expected = weights(finish(case))
+    wrap(case.env_id, Blind)
+    assert same(case.run(tmp_path / "run"), expected)
+    learner = read_json(tmp_path / "run" / "summary.json")["learner"]
+    assert learner["return_mean"] is None and "success_rate" not in learner  # they were hidden
+
+
+@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+def test_recorded_rewards_change_nothing(case, finish, tmp_path):
+    arrays = dict(np.load(demos(case.env_id)))
+    del arrays["rewards"]
+    np.savez(tmp_path / "demos.npz", **arrays)
+    policy = case.run(tmp_path / "run", "--demos", tmp_path / "demos.npz")
+    assert same(policy, weights(finish(case)))
+    assert read_json(tmp_path / "run" / "summary.json")["expert"]["return_mean"] is None
+
+
+@pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=str)
+def test_no_seed_is_shared(case, wrap, tmp_path):
+    """Nor is a task stepped by what learns without it. AggreVaTeD's expert plays twice."""
+    case.argv()  # records the demonstrations
+    wrap(case.env_id, Diary)
+    steps, evaluated, trained = 0, set(), set()
+    for seed in (1, 2):
+        Diary.pages.clear()
+        case.run(tmp_path / str(seed), "--seed", seed)
+        seeds = [number for number, _ in Diary.pages]
+        assert None not in seeds
+        trained |= {number for number in seeds if number < 1_000_000}
+        ours = {number for number in seeds if number >= 1_000_000}
+        assert len(ours) == (14 if case.queries else 12)  # 2 or 4 to evaluate, 10 at the end
+        assert not ours & evaluated
+        evaluated |= ours
+        steps += sum(n for number, n in Diary.pages if number < 1_000_000)
+    in_training = 0 if case in (BC, OFFLINE) else 2 * 3 * case.every
+    assert steps >= in_training and bool(steps) == bool(trained) == bool(in_training)
+    assert steps == in_training or case.queries
+
+
+@pytest.mark.parametrize("env_id, value", [("Truncating-v0", 10.0), ("Terminating-v0", 1.9)])
+def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_ends(env_id, value, tmp_path):
+    """The critic's value, if every step pays 1: 1 / (1 - gamma), or the mean over three steps."""
+    np.savez(tmp_path / "demos.npz", **demonstrations(env_id))
+    flags = "--control constant-reward --gamma 0.9 --critic-lr 0.02 --num-envs 4 --num-steps 30"
+    flags = [*flags.split(), "--epochs", 5, "--schedule", 10**6, "--eval-every", 10**6]
+    task = ["--env-id", env_id, "--demos", tmp_path / "demos.npz", "--total-steps", 120 * 40]
+    PPO.run(tmp_path / "run", *flags, *task)
+    assert critic_value(tmp_path / "run") == pytest.approx(value, abs=0.15)
+
+
+@pytest.mark.parametrize("absorbing", ["yes", "no"])
+def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
+    """Here a discriminator that does not learn judges it. Without it, nothing follows an end."""
+    np.savez(tmp_path / "demos.npz", **demonstrations("Terminating-v0"))
+    flags = "--control frozen-discriminator --gamma 0.9 --critic-lr 0.02 --num-envs 4 --policy-lr 0"
+    flags = [*flags.split(), "--num-steps", 30, "--epochs", 5, "--schedule", 10**6]
+    task = ["--env-id", "Terminating-v0", "--demos", tmp_path / "demos.npz"]
+    task += ["--total-steps", 120 * 40, "--eval-every", 10**6, "--absorbing", absorbing]
+    PPO.run(tmp_path / "run", *flags, *task)
+    gail, parts = PPO.module, checkpoint(tmp_path / "run")["parts"]
+    policy, _ = gail.load_policy(tmp_path / "run" / "policy.pt")
+    discriminator = gail.Discriminator(policy, 8)
+    discriminator.load_state_dict(parts["discriminator"])
+    with torch.no_grad():
+        seen = torch.ones(2, 1)
+        pays = gail.imitation_reward(
+            discriminator(discriminator.pairs(seen, torch.arange(2))), "gail"
+        )
+        pay = float((policy(seen[:1]).probs[0] * pays).sum())
+        forever = gail.imitation_reward(discriminator(discriminator.absorbing_pair()), "gail")
+    end = float(forever) / (1 - 0.9) * (absorbing == "yes")
+    steps = [pay * sum(0.9**i for i in range(n)) + 0.9**n * end for n in (1, 2, 3)]
+    assert critic_value(tmp_path / "run") == pytest.approx(np.mean(steps), rel=0.05)
+
+
+def critic_value(folder):
+    """Of the one state there is, which is 0 when it is standardised."""
+    critic, value = checkpoint(folder)["parts"]["critic"], torch.zeros(1)
+    layers = [weight for name, weight in critic.items() if name.endswith(("weight", "bias"))]
+    for weight, bias in zip(layers[::2], layers[1::2]):
+        value = weight @ value.tanh() + bias
+    return float(value)

@@ -1,0 +1,88 @@
+"""Small tasks to try the scripts on, as `--env-id toys:Toy-v0`, and an expert's episodes of them.
+
+A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
+truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
+one of them constant; rewards that are NumPy's; actions that are counted from 1, or a box with other
+bounds than [-1, 1].
+"""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+
+
+class Toy(gym.Env):
+    observation_space = Box(-np.inf, np.inf, (3,), np.float64)
+
+    def __init__(self, box=False, blind=False, remembers=False, **spaces):
+        self.action_space = Discrete(3, start=1)
+        if box:
+            self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
+        self.box, self.blind, self.remembers, self.resets = box, blind, remembers, 0
+        vars(self).update(spaces)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.resets += 1
+        self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * self.resets * self.remembers
+        return np.array([self.x, 0.0, 7.0]), {} if self.blind else {"x": self.x}
+
+    def step(self, action):
+        assert action in self.action_space, action
+        push = float(action[0] + action[1] - 1 if self.box else action - 2)
+        self.x += 0.3 * push + self.np_random.normal(0, 0.05)
+        reward, info = (np.nan, {}) if self.blind else (1 - abs(self.x), {"x": self.x})
+        return np.array([self.x, push, 7.0]), reward, bool(abs(self.x) > 1), False, info
+
+
+class Blank(gym.Env):
+    """There is nothing to be seen. Episodes terminate after `ends` steps."""
+
+    observation_space, action_space = Box(-1, 1, (1,), np.float32), Discrete(2)
+
+    def __init__(self, ends=10**9):
+        self.ends = ends
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.ones(1, np.float32), 0.0, self.steps == self.ends, False, {}
+
+
+REFUSED = {
+    "Image-v0": {"observation_space": Box(0, 255, (8, 8, 3), np.uint8)},
+    "Dict-v0": {"observation_space": Dict({"a": Box(-1, 1, (3,))})},
+    "Many-v0": {"action_space": MultiDiscrete([2, 3])},
+    "Unbounded-v0": {"action_space": Box(-np.inf, 1, (2,))},
+    "Matrix-v0": {"action_space": Box(-1, 1, (2, 2))},
+}
+TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
+TOYS |= {"Blind-v0": {"blind": True}, "BlindBox-v0": {"box": True, "blind": True}, **REFUSED}
+for name, settings in TOYS.items():
+    gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
+gym.register("Truncating-v0", f"{__name__}:Blank", max_episode_steps=3)
+gym.register("Terminating-v0", f"{__name__}:Blank", kwargs={"ends": 3})
+
+
+def demonstrations(name, episodes=24):
+    """The arrays of an .npz. The expert pushes towards 0; on a Blank task it always does 1."""
+    env, steps, terminated = gym.make(name), [], []
+    for seed in range(episodes):
+        (observation, _), over, start = env.reset(seed=seed), False, True
+        while not over:
+            push = np.clip(-3 * observation[0], -1, 1)
+            action = np.float32([push, 1]) if "Box" in name else int(2 + np.round(push))
+            following, reward, end, cut, _ = env.step(action)
+            steps.append((observation.astype(np.float32), action, start, np.float32(reward)))
+            observation, over, start = following, end or cut, False
+        terminated.append(end)
+    names = ("observations", "actions", "episode_starts", "rewards")
+    arrays = {key: np.array(column) for key, column in zip(names, zip(*steps))}
+    metadata = np.array(json.dumps({"env_id": name, "expert": "a rule", "seed": 0}))
+    return {**arrays, "terminated": np.array(terminated), "metadata": metadata}

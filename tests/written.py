@@ -1,0 +1,27 @@
+"""Read what a run wrote."""
+
+import json
+
+import torch
+
+
+def weights(folder):
+    return torch.load(folder / "policy.pt", weights_only=True)["weights"]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(ours, theirs):
+    """Are these weights the same to the last bit?"""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def read_json(path):
+    """Strict JSON: NaN and Infinity are refused."""
+
+    def refuse(name):
+        raise ValueError(f"{path}: {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
