@@ -1,7 +1,7 @@
 """Plant faults in a copy of the project, one at a time, and see whether the tests find each.
 
-    python tests/plant_faults.py                    all of them: some twenty minutes on two cores
-    python tests/plant_faults.py --only mask seed   those whose name holds one of these words
+    python benchmark/plant_faults.py                    all of them: some twenty minutes on two cores
+    python benchmark/plant_faults.py --only mask seed   those whose name holds one of these words
 
 A fault goes into every script that has its text, so that the scripts still agree with one another.
 It is found if the suite fails. Exit status 1 if one is not.
