@@ -19,9 +19,10 @@ learns nothing from the expert and balances too. `occupancy_distance` in summary
 apart: 0 matches the expert, 1 is as far off as a random policy. Results: docs/gail_cartpole.md.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-keeps its logits small; (3) twenty D updates per rollout; (4) the entropy bonus is weighed against
-normalised advantages, not against the reward; (5) an average of the policies is kept, not the last;
-(6) a choice of reward forms, of which `gail` is the paper's, and of an absorbing state.
+keeps its logits small; (3) twenty D updates per rollout, and step sizes that fall; (4) the entropy
+bonus is weighed against normalised advantages, not against the reward; (5) an average of the
+policies is kept, not the last; (6) a choice of reward forms, of which `gail` is the paper's, and of
+an absorbing state.
 """
 
 # /// script
@@ -69,16 +70,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"
-LEAST_LOG_STD = -2.0  # a narrower Gaussian would make single pairs weigh too much
+LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
 FINAL_LR = 0.02  # the policy's and the critic's step sizes fall to this share, over --schedule
-# REINFORCE: one large step per rollout, and less variance from a shorter horizon.
+# REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97}
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. `number`, `tensors` and `Run` are in the harness."""
+    """The algorithm's flags.
+
+    In the harness: number, tensors, SideBySide, EVALUATION_SEEDS, say, Run, BadInput and Failed."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("policy").add_argument
     algorithm = "for step 4 above; reinforce has defaults of its own: REINFORCE in the script"
@@ -98,7 +101,9 @@ def add_settings(parser, argv):
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
+    flag(
+        "--bc-updates", type=number(int, 0), default=0, help="steps of cloning first, 64 pairs each"
+    )
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
@@ -109,6 +114,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+    # The flags that all scripts share are there already. Those given by the user still win.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
 
@@ -125,7 +131,7 @@ def mlp(*sizes):
 
 
 class Standardise(nn.Module):
-    """Observations in units of the expert's deviations, at most 10 of them: (..., size) both."""
+    """Minus the expert's mean, over its deviation, clamped to [-10, 10]: (..., size) both."""
 
     def __init__(self, size):
         super().__init__()
@@ -143,7 +149,8 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's, scaled to [-1, 1].
+    """A softmax over Discrete actions, or a Gaussian over a Box's, in units of its own: from 0 on,
+    or rescaled so that the box is [-1, 1].
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -164,24 +171,24 @@ class Policy(nn.Module):
         outputs = self.network(self.standardise(observations))
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
-        std = self.log_std.clamp(min=LEAST_LOG_STD).exp().expand_as(outputs)
+        std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
         return Independent(Normal(outputs, std, validate_args=False), 1, validate_args=False)
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, ...)."""
+        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
         observations = np.ascontiguousarray(observations, np.float32)
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
     def to_env(self, actions):
-        """From the policy's own actions to the environment's, as NumPy: (..., size) both."""
+        """From the policy's own units to the environment's, as NumPy; outside the box: clipped."""
         if self.discrete:
             return (actions + self.low).cpu().numpy()
         return torch.lerp(self.low, self.high, (actions.clamp(-1, 1) + 1) / 2).cpu().numpy()
 
     def from_env(self, actions):
-        """The inverse of to_env, as a tensor."""
+        """From the environment's units to the policy's, both as tensors."""
         if self.discrete:
             return actions - self.low
         return 2 * (actions - self.low) / (self.high - self.low) - 1
@@ -193,16 +200,16 @@ class Discriminator(nn.Module):
     def __init__(self, policy, hidden):
         super().__init__()
         self.standardise, self.discrete = policy.standardise, policy.discrete
-        self.actions = policy.network[-1].out_features
-        self.network = mlp(policy.settings["inputs"] + self.actions + 1, hidden, hidden, 1)
+        self.action_size = policy.network[-1].out_features
+        self.network = mlp(policy.settings["inputs"] + self.action_size + 1, hidden, hidden, 1)
 
     def forward(self, pairs):
         return self.network(pairs).squeeze(-1)
 
-    def pairs(self, observations, actions):
+    def make_pairs(self, observations, actions):
         """What D sees: the observation, standardised; the action, one-hot or as it is executed;
         and 0 for "not absorbing". (..., inputs), (..., action) -> (..., size of a pair)"""
-        actions = F.one_hot(actions, self.actions) if self.discrete else actions.clamp(-1, 1)
+        actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
@@ -214,9 +221,9 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, ends, gamma):
         """Add the absorbing pair 1 / (1 - gamma) times for each end: (n, size) -> (more, size).
 
-        After an end the absorbing state lasts for ever. Discounted, that is as much as 1 + gamma +
-        gamma^2 + ... = 1 / (1 - gamma) steps, and so is its share of what D should see.
-        DEVIATION: DAC (Kostrikov et al. 2019) adds one pair for each end."""
+        After an end the absorbing state lasts for ever. Discounted, that is as long as 1 + gamma +
+        gamma^2 + ... = 1 / (1 - gamma) steps: so many copies D sees.
+        DEVIATION from DAC (Kostrikov et al. 2019), which adds one pair for each end."""
         rows = round(float(ends) / (1 - gamma))
         return torch.cat([pairs, self.absorbing_pair().expand(rows, -1)])
 
@@ -281,11 +288,10 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 def recent_average(average, weights, number):
-    """The mean of all weights so far, the k-th counted k times; `number` came before these.
+    """The mean of all policies' parameters so far, the k-th counted k times; `number` is k - 1.
 
-    If the mean of k - 1 such weights is to become that of k, the k-th has the share k / (1 + 2 +
-    ... + k) = 2 / (k + 1), and k is number + 1. So the early, poor policies soon count little
-    (Lacoste-Julien et al. 2012)."""
+    Among the first k, the k-th has the share k / (1 + 2 + ... + k) = 2 / (k + 1). So the early,
+    poor policies soon count little (Lacoste-Julien et al. 2012)."""
     return average + 2 / (number + 2) * (weights - average)
 
 
@@ -301,7 +307,7 @@ class Environments:
 
     def __init__(self, env_id, num_envs):
         self.side = SideBySide(env_id, num_envs)
-        self.seeds, self.actions, self.returns = [0] * num_envs, [[]] * num_envs, [0.0] * num_envs
+        self.seeds, self.actions, self.returns = ([None] * num_envs for _ in range(3))
         self.reset()
 
     def reset(self):
@@ -314,8 +320,8 @@ class Environments:
         self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Where the steps lead, terminated, truncated: (num_envs, ...) each. And, of the episodes
-        that ended, the returns, which are for the log alone, and the lengths."""
+        """Copies of the observations that the steps lead to, terminated, truncated: (num_envs, ...)
+        each; and, for the log, a list of the ended episodes' returns and lengths."""
         next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
         ended = []
         for i, action in enumerate(actions):
@@ -402,7 +408,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
             if args.policy_gradient == "reinforce":
-                descend(optimizer, value_loss)
+                descend(optimizer, value_loss)  # the policy has no gradient here: it stays
                 continue
             new = policy(observations[rows])
             log_probs = new.log_prob(actions[rows])
@@ -425,7 +431,7 @@ def diagnose(scalars, args, absorbing, ends):
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, it has a cliff and no slope where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
-    if ends and not absorbing and args.reward == "gail":
+    if ends and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
@@ -443,7 +449,7 @@ def train(args):
     policy.standardise.measure(observations)
     average = AveragedModel(policy, avg_fn=recent_average)
     network = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
-    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)
+    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)  # (...)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # for cloning; GAIL sets its own
@@ -452,7 +458,7 @@ def train(args):
 
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
-    expert_pairs = discriminator.pairs(observations, actions)  # (pairs, size of a pair)
+    expert_pairs = discriminator.make_pairs(observations, actions)  # (pairs, size of a pair)
     ends = sum(episode["ends"] for episode in run.demos)
     absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and ends > 0)
     absorbing = absorbing and args.control != "constant-reward"
@@ -471,12 +477,12 @@ def train(args):
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
 
-        # 1. Roll out the policy. REINFORCE has no better use for half an episode than a new one.
+        # 1. Roll out the policy; REINFORCE from fresh starts, so that a sum of rewards is whole.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
         run.steps += args.num_steps * args.num_envs
-        pairs = discriminator.pairs(batch["observations"], batch["actions"])
+        pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
             ends_here = batch["terminated"].sum()
@@ -491,20 +497,25 @@ def train(args):
 
         # 3. Reward each pair, and from that its advantage. The absorbing state pays for ever.
         with torch.no_grad():
-            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            logits, expert_logits = (
+                discriminator(pairs),
+                discriminator(expert_pairs[: len(actions)]),
+            )
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            forever = imitation_reward(discriminator(discriminator.absorbing_pair()), args.reward)
-            end_value = forever / (1 - args.gamma) if absorbing else torch.zeros(1)
+            absorbing_logit = discriminator(discriminator.absorbing_pair())
+            end_value = (
+                imitation_reward(absorbing_logit, args.reward) / (1 - args.gamma) * absorbing
+            )
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
-            next_values = next_values.where(~batch["terminated"], end_value.to(args.device))
+            next_values = next_values.where(~batch["terminated"], end_value)
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
                 rewards, values, next_values, done, args.gamma, args.gae_lambda
             )
-        # An advantage is how much more than the critic's value followed: the sum of both is a
-        # sample of the return (its mean with lambda = 1), and so what the critic should learn.
+        # An advantage is how much more followed than the critic's value: the sum of both is an
+        # estimate of what followed, and so what the critic should learn.
         returns = advantages + values
 
         # 4. Take a policy gradient step on the advantages.

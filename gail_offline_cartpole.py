@@ -64,7 +64,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "gail_offline_cartpole"
-LEAST_LOG_STD = -2.0  # as in the other scripts: this one needs no Gaussian
+LEAST_STD = 0.1  # of a Gaussian, which this script has no use for
 FINAL_LR = 0.005  # both step sizes fall to this share, over --schedule
 LOG_EVERY = 100  # updates
 
@@ -95,7 +95,7 @@ def mlp(*sizes):
 
 
 class Standardise(nn.Module):
-    """Observations in units of the expert's deviations, at most 10 of them: (..., size) both."""
+    """Minus the expert's mean, over its deviation, clamped to [-10, 10]: (..., size) both."""
 
     def __init__(self, size):
         super().__init__()
@@ -113,7 +113,8 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's, scaled to [-1, 1].
+    """A softmax over Discrete actions, or a Gaussian over a Box's, in units of its own: from 0 on,
+    or rescaled so that the box is [-1, 1].
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -134,24 +135,24 @@ class Policy(nn.Module):
         outputs = self.network(self.standardise(observations))
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
-        std = self.log_std.clamp(min=LEAST_LOG_STD).exp().expand_as(outputs)
+        std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
         return Independent(Normal(outputs, std, validate_args=False), 1, validate_args=False)
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, ...)."""
+        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
         observations = np.ascontiguousarray(observations, np.float32)
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
     def to_env(self, actions):
-        """From the policy's own actions to the environment's, as NumPy: (..., size) both."""
+        """From the policy's own units to the environment's, as NumPy; outside the box: clipped."""
         if self.discrete:
             return (actions + self.low).cpu().numpy()
         return torch.lerp(self.low, self.high, (actions.clamp(-1, 1) + 1) / 2).cpu().numpy()
 
     def from_env(self, actions):
-        """The inverse of to_env, as a tensor."""
+        """From the environment's units to the policy's, both as tensors."""
         if self.discrete:
             return actions - self.low
         return 2 * (actions - self.low) / (self.high - self.low) - 1

@@ -75,13 +75,15 @@ STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, the
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # one metre of position as the networks see it; much less blurs the corners
 # D's units: the gradient penalty lets a difference of one unit change the logit by about 1.
-UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see pairs()
+UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see make_pairs
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. `number`, `check`, `tensors` and `Run` are in the harness."""
+    """The algorithm's flags.
+
+    In the harness: number, check, tensors, SideBySide, EVALUATION_SEEDS, say, and Run."""
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps, in all")
@@ -97,7 +99,9 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
     flag("--epochs", type=number(int, 1), default=5, help="the baseline's passes over a rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
-    flag("--bc-updates", type=number(int, 0), default=0, help="clone the expert first (warm start)")
+    flag(
+        "--bc-updates", type=number(int, 0), default=0, help="steps of cloning first, 64 pairs each"
+    )
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_racecar_ppo.md"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
@@ -184,7 +188,7 @@ class Discriminator(nn.Module):
     def forward(self, pairs):
         return self.network(pairs).squeeze(-1)
 
-    def pairs(self, observations, actions):
+    def make_pairs(self, observations, actions):
         """What D sees: the features, the action as it is executed, and 0 for "not absorbing", in
         units of its own. (..., 9), (..., 2) -> (..., 13)"""
         actions = actions.clamp(-1, 1)
@@ -277,7 +281,7 @@ class Environments:
 
     def __init__(self, env_id, num_envs):
         self.side = SideBySide(env_id, num_envs)
-        self.seeds, self.actions, self.returns = [0] * num_envs, [[]] * num_envs, [0.0] * num_envs
+        self.seeds, self.actions, self.returns = ([None] * num_envs for _ in range(3))
         self.reset()
 
     def reset(self):
@@ -290,8 +294,8 @@ class Environments:
         self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Where the steps lead, terminated, truncated: (num_envs, ...) each. And, of the episodes
-        that ended, the returns, which are for the log alone, and the lengths."""
+        """Copies of the observations that the steps lead to, terminated, truncated: (num_envs, ...)
+        each; and, for the log, a list of the ended episodes' returns and lengths."""
         next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
         ended = []
         for i, action in enumerate(actions):
@@ -421,7 +425,7 @@ def train(args):
 
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
-    expert_pairs = discriminator.pairs(observations, actions)  # (pairs, 13)
+    expert_pairs = discriminator.make_pairs(observations, actions)  # (pairs, 13)
     spread(discriminator.network[0], expert_pairs)
     for network in (critic, policy.network):
         spread(network[1], network[0](observations))
@@ -448,7 +452,7 @@ def train(args):
         # 1. Roll out the policy.
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
         run.steps += args.num_steps * args.num_envs
-        pairs = discriminator.pairs(batch["observations"], batch["actions"])
+        pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, 13)
         finished = at_finish(batch["next_observations"])  # (num_steps, num_envs)
         if absorbing:
@@ -464,7 +468,10 @@ def train(args):
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
-            logits, expert_logits = discriminator(pairs), discriminator(expert_pairs)
+            logits, expert_logits = (
+                discriminator(pairs),
+                discriminator(expert_pairs[: len(actions)]),
+            )
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
@@ -476,8 +483,8 @@ def train(args):
             advantages = generalized_advantages(
                 rewards, values, next_values, done, args.gamma, args.gae_lambda
             )
-        # An advantage is how much more than the critic's value followed: the sum of both is a
-        # sample of the return (its mean with lambda = 1), and so what the critic should learn.
+        # An advantage is how much more followed than the critic's value: the sum of both is an
+        # estimate of what followed, and so what the critic should learn.
         returns = advantages + values
 
         # 4. Follow the policy gradient of the advantages.

@@ -1,6 +1,6 @@
 """Plant faults in a copy of the project, one at a time, and see whether the tests find each.
 
-    python benchmark/plant_faults.py                    all of them: some twenty minutes on two cores
+    python benchmark/plant_faults.py                    all: some forty minutes on two cores
     python benchmark/plant_faults.py --only mask seed   those whose name holds one of these words
 
 A fault goes into every script that has its text, so that the scripts still agree with one another.

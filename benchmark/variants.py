@@ -95,8 +95,8 @@ def states_only(script):
     """D sees the states of CartPole and not the actions."""
 
     class StatesOnly(script.Discriminator):
-        def pairs(self, observations, actions):
-            pairs = super().pairs(observations, actions)
+        def make_pairs(self, observations, actions):
+            pairs = super().make_pairs(observations, actions)
             return torch.cat([pairs[..., :4], 0 * pairs[..., 4:]], -1)
 
     script.Discriminator = StatesOnly
@@ -110,7 +110,7 @@ def next_states(script):
             super().__init__(policy, hidden)
             self.network, self.unit = script.mlp(9, hidden, hidden, 1), None
 
-        def pairs(self, observations, actions):
+        def make_pairs(self, observations, actions):
             change = cartpole_step(observations, actions) - observations
             if self.unit is None:  # the first pairs are the expert's
                 self.unit = change.std(0) + 1e-6

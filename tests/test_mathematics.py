@@ -136,7 +136,8 @@ def test_a_policy_over_discrete_actions():
 def test_a_policy_over_a_box():
     policy, seen, taken = box_policy(), torch.randn(20, 3), torch.rand(20, 2) * 2 - 1
     mean = policy.network(policy.standardise(seen))
-    exact = MultivariateNormal(mean, torch.diag(policy.log_std.exp() ** 2))
+    std = 0.1 + policy.log_std.exp()  # never less than a tenth
+    exact = MultivariateNormal(mean, torch.diag(std**2))
     assert torch.allclose(policy(seen).log_prob(taken), exact.log_prob(taken), atol=1e-5)
     assert torch.allclose(policy(seen).entropy(), exact.entropy(), atol=1e-5)
     corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5], [-9.0, 9.0]])
@@ -184,7 +185,7 @@ def test_what_a_discriminator_sees(make):
     policy = make()
     discriminator, seen = gail.Discriminator(policy, 8), torch.randn(2, 5, 3)
     taken = torch.randint(4, (2, 5)) if policy.discrete else torch.randn(2, 5, 2) * 2
-    pairs = discriminator.pairs(seen, taken)
+    pairs = discriminator.make_pairs(seen, taken)
     acted = torch.eye(4)[taken] if policy.discrete else taken.clamp(-1, 1)
     assert torch.equal(pairs[..., :3], policy.standardise(seen))
     assert torch.equal(pairs[..., 3:-1], acted) and (pairs[..., -1] == 0).all()
@@ -320,14 +321,14 @@ cars = pytest.mark.skipif(not PYBULLET, reason="no pybullet")
 def test_the_race_cars_discriminator_sees_headings_as_angles(case):
     script = case.module
     discriminator, seen, taken = script.Discriminator(8), torch.randn(9, 9), torch.randn(9, 2) * 2
-    pairs = discriminator.pairs(seen, taken)
+    pairs = discriminator.make_pairs(seen, taken)
     natural = pairs * torch.tensor(script.UNITS)
     assert pairs.shape == (9, 13) and (pairs[:, -1] == 0).all()
     assert torch.allclose(natural[:, :2], seen[:, :2] * script.METRE, atol=1e-5)
     assert torch.allclose(torch.atan2(natural[:, 4], natural[:, 5]), seen[:, 4], atol=1e-4)
     assert torch.allclose(natural[:, -3:-1], taken.clamp(-1, 1), atol=1e-6)
     turned = seen + 2 * math.pi * (torch.arange(9) == 4)
-    assert torch.allclose(discriminator.pairs(turned, taken), pairs, atol=1e-4)
+    assert torch.allclose(discriminator.make_pairs(turned, taken), pairs, atol=1e-4)
 
 
 @cars

@@ -119,7 +119,7 @@ def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
     with torch.no_grad():
         seen = torch.ones(2, 1)
         pays = gail.imitation_reward(
-            discriminator(discriminator.pairs(seen, torch.arange(2))), "gail"
+            discriminator(discriminator.make_pairs(seen, torch.arange(2))), "gail"
         )
         pay = float((policy(seen[:1]).probs[0] * pays).sum())
         forever = gail.imitation_reward(discriminator(discriminator.absorbing_pair()), "gail")
