@@ -648,12 +648,10 @@ def occupancy_distances(held_out, samples):
 
     if not held_out:
         return dict.fromkeys(samples)
-    expert = pairs(held_out)
+    expert, distances = pairs(held_out), {}
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    distances = {
-        name: squared_energy_distance(pairs(episodes) / unit, expert / unit)
-        for name, episodes in samples.items()
-    }
+    for name, episodes in samples.items():
+        distances[name] = squared_energy_distance(pairs(episodes) / unit, expert / unit)
     return {name: distance / distances["random"] for name, distance in distances.items()}
 
 
@@ -730,10 +728,10 @@ class Run:
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         default = Path("runs", name.replace("/", "_").replace(":", "_"))
         self.folder = Path(args.resume or args.out or default)
+        self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
-            path = self.folder / "checkpoint.pt"
-            state = load(path)
-            with explained(path):
+            state = load(self.checkpoint)
+            with explained(self.checkpoint):
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -756,7 +754,7 @@ class Run:
         state = {name: getattr(self, name) for name in self.kept}
         state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write(self.checkpoint, lambda file: torch.save(state, file))
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):

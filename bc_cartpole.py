@@ -59,6 +59,7 @@ from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -71,7 +72,7 @@ def add_settings(parser, argv):
     """The algorithm's flags. `number`, `tensors` and `Run` are in the harness."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
-    flag("--total-steps", type=number(int, 1), default=2_000, help="updates of the policy, in all")
+    flag("--total-steps", type=number(int, 1), default=8_000, help="updates of the policy, in all")
     flag("--batch-size", type=number(int, 1), default=64, help="pairs in one, with replacement")
     flag("--learning-rate", type=number(float, 0), default=3e-3, help="step size of Adam")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -174,24 +175,33 @@ def train(args):
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
-    run.start(policy=policy, optimizer=optimizer)
+    best = AveragedModel(policy, avg_fn=lambda best, new, number: new)
+    best.register_buffer("loss", torch.tensor(math.inf))
+    shuffled = torch.randperm(len(actions))
+    checked, learnt = shuffled.split([len(actions) // 5, len(actions) - len(actions) // 5])
+    run.start(policy=policy, best=best, optimizer=optimizer)
 
     while run.steps < args.total_steps:
         until_logged = LOG_EVERY - run.steps % LOG_EVERY
         for _ in range(min(until_logged, args.total_steps - run.steps)):
-            rows = torch.randint(len(actions), (args.batch_size,))
+            rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
             loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
             descend(optimizer, loss)
             run.steps += 1
 
-        scalars = {"losses/policy": float(loss.detach())}
+        with torch.no_grad():
+            checked_loss = behavioural_cloning_loss(policy, observations[checked], actions[checked])
+        if not checked_loss > best.loss:
+            best.update_parameters(policy)
+            best.loss.fill_(checked_loss)
+        scalars = {"losses/policy": float(loss.detach()), "losses/checked": float(checked_loss)}
         if run.held_out:
             seen, taken = tensors(run.held_out, args.device)
             with torch.no_grad():
                 loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
             scalars["losses/held_out"] = float(loss)
-        run.record(scalars, policy)
-    return run.finish(policy)
+        run.record(scalars, best.module)
+    return run.finish(best.module)
 
 
 # ==================================================================================================
@@ -366,26 +376,24 @@ def load_demos(args):
         }
         arrays = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
         for name, (kind, shape) in expected.items():
-            found = f"{name}: {arrays[name].dtype} {arrays[name].shape}"
-            fits = np.can_cast(arrays[name].dtype, kind, "same_kind")
-            fits = fits and arrays[name].shape == shape
-            check(fits, f"{found}, expected {np.dtype(kind)} {shape}")
+            found = arrays[name].dtype, arrays[name].shape
+            fits = np.can_cast(found[0], kind, "same_kind") and found[1] == shape
+            check(fits, f"{name}: {found[0]} {found[1]}, expected {np.dtype(kind)} {shape}")
             arrays[name] = arrays[name].astype(kind)
         check(np.isfinite(arrays["observations"]).all(), "observations that are NaN or infinite")
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        many = args.num_demos
-        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
+        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -508,12 +516,10 @@ def occupancy_distances(held_out, samples):
 
     if not held_out:
         return dict.fromkeys(samples)
-    expert = pairs(held_out)
+    expert, distances = pairs(held_out), {}
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    distances = {
-        name: squared_energy_distance(pairs(episodes) / unit, expert / unit)
-        for name, episodes in samples.items()
-    }
+    for name, episodes in samples.items():
+        distances[name] = squared_energy_distance(pairs(episodes) / unit, expert / unit)
     return {name: distance / distances["random"] for name, distance in distances.items()}
 
 
@@ -579,10 +585,10 @@ class Run:
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         default = Path("runs", name.replace("/", "_").replace(":", "_"))
         self.folder = Path(args.resume or args.out or default)
+        self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
-            path = self.folder / "checkpoint.pt"
-            state = load(path)
-            with explained(path):
+            state = load(self.checkpoint)
+            with explained(self.checkpoint):
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -605,7 +611,7 @@ class Run:
         state = {name: getattr(self, name) for name in self.kept}
         state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write(self.checkpoint, lambda file: torch.save(state, file))
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
@@ -614,8 +620,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                saved = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
-                raise Failed(f"{tag} is {value} at step {now}; {saved}")
+                raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         every = args.eval_every or math.ceil(args.total_steps / 10)
         last = self.curve[-1]["steps"] if self.curve else 0
@@ -635,10 +640,9 @@ class Run:
         began, args = time.perf_counter(), self.args
         seed = EVALUATION_SEEDS + 10_000 * args.seed
         result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
-        point = {"steps": self.steps, "wall_seconds": self.seconds}
-        self.curve.append({**point, **result, **scalars})
+        for name, value in result.items():
+            self.log.add_scalar(f"eval/{name}", value, self.steps)
+        self.curve.append({"steps": self.steps, "wall_seconds": self.seconds, **result, **scalars})
         saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
         saved |= {"settings": policy.settings, "weights": policy.state_dict()}
         write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
@@ -651,9 +655,11 @@ class Run:
         args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        samples = {"random": final_episodes(None, args, args.env_id)}
-        samples |= {"expert": self.not_held_out}
-        samples["learner"] = final_episodes(policy.act, args, args.env_id)
+        samples = {
+            "random": final_episodes(None, args, args.env_id),
+            "expert": self.not_held_out,
+            "learner": final_episodes(policy.act, args, args.env_id),
+        }
         results = {name: statistics(episodes) for name, episodes in samples.items()}
         results["expert"] = statistics(self.not_held_out + self.held_out)
         for name, distance in occupancy_distances(self.held_out, samples).items():
@@ -661,14 +667,21 @@ class Run:
         solved, verdict = judge(self.curve, **results)
         verdict = verdict if solved or not advice else f"{verdict}; {advice}"
         versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        versions["python"] = platform.python_version()
         pairs = sum(len(episode["actions"]) for episode in self.demos)
-        demos = {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest}
-        seconds = {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary = {"script": SCRIPT, "args": vars(args), "versions": versions, **results, **seconds}
-        summary |= {"steps": self.steps, "solved_at_steps": solved.get("steps"), "demos": demos}
-        summary |= {"solved_at_seconds": solved.get("wall_seconds")}
-        summary |= {"curve": self.curve, "verdict": verdict}
+        summary = {
+            "script": SCRIPT,
+            "args": vars(args),
+            "versions": {**versions, "python": platform.python_version()},
+            **results,
+            "wall_seconds": self.seconds,
+            "setup_seconds": self.setup_seconds,
+            "steps": self.steps,
+            "solved_at_steps": solved.get("steps"),
+            "solved_at_seconds": solved.get("wall_seconds"),
+            "demos": {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest},
+            "curve": self.curve,
+            "verdict": verdict,
+        }
         write_json(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         for name, result in results.items():

@@ -711,26 +711,24 @@ def load_demos(args):
         }
         arrays = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
         for name, (kind, shape) in expected.items():
-            found = f"{name}: {arrays[name].dtype} {arrays[name].shape}"
-            fits = np.can_cast(arrays[name].dtype, kind, "same_kind")
-            fits = fits and arrays[name].shape == shape
-            check(fits, f"{found}, expected {np.dtype(kind)} {shape}")
+            found = arrays[name].dtype, arrays[name].shape
+            fits = np.can_cast(found[0], kind, "same_kind") and found[1] == shape
+            check(fits, f"{name}: {found[0]} {found[1]}, expected {np.dtype(kind)} {shape}")
             arrays[name] = arrays[name].astype(kind)
         check(np.isfinite(arrays["observations"]).all(), "observations that are NaN or infinite")
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        many = args.num_demos
-        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
+        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT if len(episodes) >= many + HELD_OUT else len(episodes)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -853,12 +851,10 @@ def occupancy_distances(held_out, samples):
 
     if not held_out:
         return dict.fromkeys(samples)
-    expert = pairs(held_out)
+    expert, distances = pairs(held_out), {}
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    distances = {
-        name: squared_energy_distance(pairs(episodes) / unit, expert / unit)
-        for name, episodes in samples.items()
-    }
+    for name, episodes in samples.items():
+        distances[name] = squared_energy_distance(pairs(episodes) / unit, expert / unit)
     return {name: distance / distances["random"] for name, distance in distances.items()}
 
 
@@ -924,10 +920,10 @@ class Run:
         name = f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         default = Path("runs", name.replace("/", "_").replace(":", "_"))
         self.folder = Path(args.resume or args.out or default)
+        self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
-            path = self.folder / "checkpoint.pt"
-            state = load(path)
-            with explained(path):
+            state = load(self.checkpoint)
+            with explained(self.checkpoint):
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -950,7 +946,7 @@ class Run:
         state = {name: getattr(self, name) for name in self.kept}
         state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write(self.checkpoint, lambda file: torch.save(state, file))
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
@@ -959,8 +955,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                saved = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
-                raise Failed(f"{tag} is {value} at step {now}; {saved}")
+                raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         every = args.eval_every or math.ceil(args.total_steps / 10)
         last = self.curve[-1]["steps"] if self.curve else 0
@@ -980,10 +975,9 @@ class Run:
         began, args = time.perf_counter(), self.args
         seed = EVALUATION_SEEDS + 10_000 * args.seed
         result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
-        point = {"steps": self.steps, "wall_seconds": self.seconds}
-        self.curve.append({**point, **result, **scalars})
+        for name, value in result.items():
+            self.log.add_scalar(f"eval/{name}", value, self.steps)
+        self.curve.append({"steps": self.steps, "wall_seconds": self.seconds, **result, **scalars})
         saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
         saved |= {"settings": policy.settings, "weights": policy.state_dict()}
         write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
@@ -996,9 +990,11 @@ class Run:
         args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        samples = {"random": final_episodes(None, args, args.env_id)}
-        samples |= {"expert": self.not_held_out}
-        samples["learner"] = final_episodes(policy.act, args, args.env_id)
+        samples = {
+            "random": final_episodes(None, args, args.env_id),
+            "expert": self.not_held_out,
+            "learner": final_episodes(policy.act, args, args.env_id),
+        }
         results = {name: statistics(episodes) for name, episodes in samples.items()}
         results["expert"] = statistics(self.not_held_out + self.held_out)
         for name, distance in occupancy_distances(self.held_out, samples).items():
@@ -1006,14 +1002,21 @@ class Run:
         solved, verdict = judge(self.curve, **results)
         verdict = verdict if solved or not advice else f"{verdict}; {advice}"
         versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        versions["python"] = platform.python_version()
         pairs = sum(len(episode["actions"]) for episode in self.demos)
-        demos = {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest}
-        seconds = {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary = {"script": SCRIPT, "args": vars(args), "versions": versions, **results, **seconds}
-        summary |= {"steps": self.steps, "solved_at_steps": solved.get("steps"), "demos": demos}
-        summary |= {"solved_at_seconds": solved.get("wall_seconds")}
-        summary |= {"curve": self.curve, "verdict": verdict}
+        summary = {
+            "script": SCRIPT,
+            "args": vars(args),
+            "versions": {**versions, "python": platform.python_version()},
+            **results,
+            "wall_seconds": self.seconds,
+            "setup_seconds": self.setup_seconds,
+            "steps": self.steps,
+            "solved_at_steps": solved.get("steps"),
+            "solved_at_seconds": solved.get("wall_seconds"),
+            "demos": {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest},
+            "curve": self.curve,
+            "verdict": verdict,
+        }
         write_json(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         for name, result in results.items():

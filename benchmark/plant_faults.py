@@ -26,8 +26,8 @@ FAULTS = {  # name: the text, and what takes its place
         "return (log_probs * advantages).mean()",
     ),
     "detach: the reward's gradient reaches the policy": (
-        "                with torch.no_grad():\n                    rewards",
-        "                with torch.enable_grad():\n                    rewards",
+        "log_probs * centred.detach()",
+        "log_probs * centred",
     ),
     "mask: the penalty on absorbing pairs": (
         "    return ((gradient.norm(dim=-1) - 1).square() * real).mean()",

@@ -242,10 +242,13 @@ def test_expected_discriminator_loss_against_enumeration(table):
 
 
 def test_natural_policy_loss_against_the_fisher_matrix(table):
-    """Fisher times the natural gradient is the gradient of the expected reward, enumerated."""
-    rewards, _, theta = table
-    theta.requires_grad_()
-    loss = offline.natural_policy_loss(theta.log_softmax(-1), rewards)
+    """Fisher times the natural gradient is the gradient of the expected reward, enumerated. In the
+    rewards is log pi, too, but they are constants."""
+    f, _, theta = table
+    log_probs = theta.requires_grad_().log_softmax(-1)
+    rewards = offline.discriminator_logits(lambda observations: f, None, log_probs)
+    loss = offline.natural_policy_loss(log_probs, rewards)
+    rewards = rewards.detach()
     (found,) = torch.autograd.grad(-20 * loss, theta)
     chances = theta.softmax(-1)
     (exact,) = torch.autograd.grad((chances * rewards).sum(), theta)
