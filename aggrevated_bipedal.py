@@ -735,7 +735,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

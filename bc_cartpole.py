@@ -175,10 +175,10 @@ def train(args):
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
-    best = AveragedModel(policy, avg_fn=lambda best, new, number: new)
+    best = AveragedModel(policy, avg_fn=lambda best, new, number: new)  # so far, on `checked` pairs
     best.register_buffer("loss", torch.tensor(math.inf))
-    shuffled = torch.randperm(len(actions))
-    checked, learnt = shuffled.split([len(actions) // 5, len(actions) - len(actions) // 5])
+    fifth, rows = len(actions) // 5, torch.randperm(len(actions))
+    checked, learnt = rows[: max(fifth, 1)], rows[fifth:]
     run.start(policy=policy, best=best, optimizer=optimizer)
 
     while run.steps < args.total_steps:
@@ -189,17 +189,17 @@ def train(args):
             descend(optimizer, loss)
             run.steps += 1
 
+        scalars = {"losses/policy": float(loss.detach())}
         with torch.no_grad():
-            checked_loss = behavioural_cloning_loss(policy, observations[checked], actions[checked])
-        if not checked_loss > best.loss:
-            best.update_parameters(policy)
-            best.loss.fill_(checked_loss)
-        scalars = {"losses/policy": float(loss.detach()), "losses/checked": float(checked_loss)}
-        if run.held_out:
-            seen, taken = tensors(run.held_out, args.device)
-            with torch.no_grad():
+            loss = behavioural_cloning_loss(policy, observations[checked], actions[checked])
+            scalars["losses/checked"] = float(loss)
+            if loss < best.loss:
+                best.update_parameters(policy)
+                best.loss.copy_(loss)
+            if run.held_out:
+                seen, taken = tensors(run.held_out, args.device)
                 loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
-            scalars["losses/held_out"] = float(loss)
+                scalars["losses/held_out"] = float(loss)
         run.record(scalars, best.module)
     return run.finish(best.module)
 
@@ -384,16 +384,17 @@ def load_demos(args):
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -592,7 +593,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

@@ -14,15 +14,16 @@ Algorithm 1) repeats:
     python gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz     a task of yours; with uv:
     uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz
 
-On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward`
-learns nothing from the expert and balances too. `occupancy_distance` in summary.json tells them
-apart: 0 matches the expert, 1 is as far off as a random policy. Results: docs/gail_cartpole.md.
+On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
+--bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
+tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs/gail_cartpole.md
+has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 keeps its logits small; (3) twenty D updates per rollout, and step sizes that fall; (4) the entropy
 bonus is weighed against normalised advantages, not against the reward; (5) an average of the
 policies is kept, not the last; (6) a choice of reward forms, of which `gail` is the paper's, and of
-an absorbing state.
+an absorbing state; (7) cloning's loss beside PPO's: --bc-weight 0 leaves it out.
 """
 
 # /// script
@@ -71,10 +72,11 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"
 LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
+CLONED = 64  # of the expert's pairs in a step of cloning
 FINAL_LR = 0.02  # the policy's and the critic's step sizes fall to this share, over --schedule
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
-REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97}
+REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "bc_weight": 0.0}
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -101,9 +103,9 @@ def add_settings(parser, argv):
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
-    flag(
-        "--bc-updates", type=number(int, 0), default=0, help="steps of cloning first, 64 pairs each"
-    )
+    cloning = "weight of cloning's loss beside PPO's, falling with the step sizes; 0: pure GAIL"
+    flag("--bc-weight", type=number(float, 0), default=1.0, help=cloning)
+    flag("--bc-updates", type=number(int, 0), default=0, help="steps of cloning alone, at first")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
@@ -377,16 +379,18 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(pairs, number):
-    return pairs[torch.randint(len(pairs), (number,))]
+def minibatch(number, *columns):
+    """The same random rows of each column, with replacement: (n, ...) -> (number, ...)."""
+    rows = torch.randint(len(columns[0]), (number,))
+    return [column[rows] for column in columns]
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; returns the mean loss."""
     total = 0.0
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, args.discriminator_batch)
-        learner = minibatch(policy_pairs, args.discriminator_batch)
+        (expert,) = minibatch(args.discriminator_batch, expert_pairs)
+        (learner,) = minibatch(args.discriminator_batch, policy_pairs)
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -394,9 +398,14 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
-def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
+def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
-    policy takes one step on the whole rollout, and the minibatches are the critic's alone."""
+    policy takes one step on the whole rollout, and the minibatches are the critic's alone.
+
+    `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
+    DEVIATION: beside PPO's loss stands cloning's (Jena et al. 2020). By GAIL alone a policy finds
+    the expert's actions by chance; by cloning alone it errs where the expert never was."""
+    observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -413,7 +422,11 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
             new = policy(observations[rows])
             log_probs = new.log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
-            descend(optimizer, policy_loss + value_loss - args.entropy * new.entropy().mean())
+            loss = policy_loss + value_loss - args.entropy * new.entropy().mean()
+            if bc_weight:
+                pairs = minibatch(CLONED, *expert)
+                loss = loss + bc_weight * behavioural_cloning_loss(policy, *pairs)
+            descend(optimizer, loss)
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -436,7 +449,7 @@ def diagnose(scalars, args, absorbing, ends):
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
-        return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-updates"
+        return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""
 
 
@@ -468,9 +481,9 @@ def train(args):
     networks = {"policy": policy, "average": average, "critic": critic}
     networks |= {"discriminator": discriminator, "envs": envs}
     run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
+    expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        rows = torch.randint(len(actions), (64,))
-        descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONED, *expert)))
 
     while run.steps < args.total_steps:
         left = max(1 - run.steps / args.schedule, FINAL_LR)
@@ -495,24 +508,23 @@ def train(args):
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
-        # 3. Reward each pair, and from that its advantage. The absorbing state pays for ever.
+        # 3. Reward each pair, and from that its advantage. Times 1 - gamma, a discounted sum of
+        # rewards is their mean, as it were: small for the critic, and that of an absorbing state,
+        # which pays the same for ever, is its reward.
         with torch.no_grad():
-            logits, expert_logits = (
-                discriminator(pairs),
-                discriminator(expert_pairs[: len(actions)]),
-            )
+            logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            absorbing_logit = discriminator(discriminator.absorbing_pair())
-            end_value = (
-                imitation_reward(absorbing_logit, args.reward) / (1 - args.gamma) * absorbing
-            )
+            end_value = torch.zeros(1, device=args.device)
+            if absorbing:
+                end_logit = discriminator(discriminator.absorbing_pair())
+                end_value = imitation_reward(end_logit, args.reward)
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = next_values.where(~batch["terminated"], end_value)
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
-                rewards, values, next_values, done, args.gamma, args.gae_lambda
+                rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
         # An advantage is how much more followed than the critic's value: the sum of both is an
         # estimate of what followed, and so what the critic should learn.
@@ -520,8 +532,9 @@ def train(args):
 
         # 4. Take a policy gradient step on the advantages.
         columns = (batch["observations"], batch["actions"], advantages, returns)
-        columns = (column.flatten(0, 1) for column in columns)
-        losses |= update_policy(policy, critic, optimizer, *columns, args)
+        columns = [column.flatten(0, 1) for column in columns]
+        bc_weight = args.bc_weight * left
+        losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
         average.update_parameters(policy)
 
         scalars = {
@@ -719,16 +732,17 @@ def load_demos(args):
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -927,7 +941,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

@@ -412,16 +412,17 @@ def load_demos(args):
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -620,7 +621,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

@@ -19,7 +19,8 @@ and forty D updates per rollout; (3) two absorbing states, one after the finish 
 wall: what follows an end is imitated too, so that a crash does more than stop the reward. For this,
 the script is told where the finish lies, and thus which ends are good; (4) a standard deviation of
 the actions that falls on a schedule, in place of an entropy bonus; (5) a moving average of the
-policies is evaluated and kept; (6) a choice of reward forms, of which `gail` is the paper's.
+policies is evaluated and kept; (6) a choice of reward forms, of which `gail` is the paper's; (7)
+cloning's loss beside PPO's: --bc-weight 0 leaves it out.
 """
 
 # /// script
@@ -70,6 +71,7 @@ from tqdm import tqdm
 from racecar_env import FINISH, FINISH_RADIUS
 
 SCRIPT = "gail_racecar_ppo"
+CLONED = 64  # of the expert's pairs in a step of cloning
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
@@ -100,9 +102,9 @@ def add_settings(parser, argv):
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
-    flag(
-        "--bc-updates", type=number(int, 0), default=0, help="steps of cloning first, 64 pairs each"
-    )
+    cloning = "weight of cloning's loss beside PPO's; 0: pure GAIL"
+    flag("--bc-weight", type=number(float, 0), default=1.0, help=cloning)
+    flag("--bc-updates", type=number(int, 0), default=0, help="steps of cloning alone, at first")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), which also works without absorbing states; log D - log(1-D); or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
@@ -353,16 +355,18 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(pairs, number):
-    return pairs[torch.randint(len(pairs), (number,))]
+def minibatch(number, *columns):
+    """The same random rows of each column, with replacement: (n, ...) -> (number, ...)."""
+    rows = torch.randint(len(columns[0]), (number,))
+    return [column[rows] for column in columns]
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; returns the mean loss."""
     total = 0.0
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, args.discriminator_batch)
-        learner = minibatch(policy_pairs, args.discriminator_batch)
+        (expert,) = minibatch(args.discriminator_batch, expert_pairs)
+        (learner,) = minibatch(args.discriminator_batch, policy_pairs)
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -370,8 +374,13 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
-def update_policy(policy, critic, optimizer, observations, actions, advantages, returns, args):
-    """Step 4: PPO on minibatches of the rollout; returns what to log."""
+def update_policy(policy, critic, optimizer, batch, expert, args):
+    """Step 4: PPO on minibatches of the rollout; returns what to log.
+
+    `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
+    DEVIATION: beside PPO's loss stands cloning's (Jena et al. 2020). By GAIL alone a policy finds
+    the expert's actions by chance; by cloning alone it errs where the expert never was."""
+    observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -380,7 +389,11 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
             log_probs = policy(observations[rows]).log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            descend(optimizer, policy_loss + value_loss)
+            loss = policy_loss + value_loss
+            if args.bc_weight:
+                pairs = minibatch(CLONED, *expert)
+                loss = loss + args.bc_weight * behavioural_cloning_loss(policy, *pairs)
+            descend(optimizer, loss)
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -401,7 +414,7 @@ def diagnose(scalars):
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
-        return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-updates"
+        return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""
 
 
@@ -439,9 +452,9 @@ def train(args):
     networks = {"policy": policy, "average": average, "critic": critic}
     networks |= {"discriminator": discriminator, "envs": envs}
     run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
+    expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        rows = torch.randint(len(actions), (64,))
-        descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONED, *expert)))
 
     while run.steps < args.total_steps:
         left = max(1 - run.steps / args.schedule, FINAL_LR)
@@ -468,10 +481,7 @@ def train(args):
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
-            logits, expert_logits = (
-                discriminator(pairs),
-                discriminator(expert_pairs[: len(actions)]),
-            )
+            logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
@@ -489,8 +499,8 @@ def train(args):
 
         # 4. Take PPO's steps on the advantages.
         columns = (batch["observations"], batch["actions"], advantages, returns)
-        columns = (column.flatten(0, 1) for column in columns)
-        losses |= update_policy(policy, critic, optimizer, *columns, args)
+        columns = [column.flatten(0, 1) for column in columns]
+        losses |= update_policy(policy, critic, optimizer, columns, expert, args)
         average.update_parameters(policy)
 
         scalars = {
@@ -687,16 +697,17 @@ def load_demos(args):
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -895,7 +906,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

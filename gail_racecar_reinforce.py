@@ -351,16 +351,18 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(pairs, number):
-    return pairs[torch.randint(len(pairs), (number,))]
+def minibatch(number, *columns):
+    """The same random rows of each column, with replacement: (n, ...) -> (number, ...)."""
+    rows = torch.randint(len(columns[0]), (number,))
+    return [column[rows] for column in columns]
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; returns the mean loss."""
     total = 0.0
     for _ in range(args.discriminator_updates):
-        expert = minibatch(expert_pairs, args.discriminator_batch)
-        learner = minibatch(policy_pairs, args.discriminator_batch)
+        (expert,) = minibatch(args.discriminator_batch, expert_pairs)
+        (learner,) = minibatch(args.discriminator_batch, policy_pairs)
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -440,8 +442,7 @@ def train(args):
     networks |= {"discriminator": discriminator, "envs": envs}
     run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        rows = torch.randint(len(actions), (64,))
-        descend(optimizer, behavioural_cloning_loss(policy, observations[rows], actions[rows]))
+        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(64, observations, actions)))
 
     while run.steps < args.total_steps:
         left = max(1 - run.steps / args.schedule, FINAL_LR)
@@ -468,10 +469,7 @@ def train(args):
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
-            logits, expert_logits = (
-                discriminator(pairs),
-                discriminator(expert_pairs[: len(actions)]),
-            )
+            logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
@@ -687,16 +685,17 @@ def load_demos(args):
         inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"{len(starts)} episodes, fewer than --num-demos")
+        many = args.num_demos
+        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     names = ("observations", "actions", "rewards", "terminated")
     columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
     episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
 
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
     rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[: args.num_demos]]
+    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
     for episode in chosen:
         length = len(episode["actions"])
         kept = args.num_pairs or length
@@ -895,7 +894,8 @@ class Run:
                 check(state["digest"] == self.digest, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

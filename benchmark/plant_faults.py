@@ -73,6 +73,11 @@ FAULTS = {  # name: the text, and what takes its place
         "run.record(scalars, average.module)",
         "run.record(scalars, policy)",
     ),
+    "cloning keeps the last policy": (
+        "run.record(scalars, best.module)",
+        "run.record(scalars, policy)",
+    ),
+    "cloning's loss is left out": ("loss = loss + bc_weight * behav", "loss = loss + 0 * behav"),
     "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
     "constant observations": ("deviation.where(deviation > 1e-6, 1.0)", "deviation"),
     "one absorbing state for the race car": (

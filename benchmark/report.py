@@ -156,6 +156,7 @@ def peer_line(rows):
 
 def markdown(lines):
     """A table of lines, each {heading: text}; a heading may be missing in some."""
+    lines = list(lines)
     headings = list(dict.fromkeys(heading for line in lines for heading in line))
     cells = [headings, ["---"] * len(headings)]
     cells += [[line.get(heading, "") for heading in headings] for line in lines]
@@ -202,8 +203,34 @@ def side_by_side(names, page):
     return f"{markdown(lines)}\n{made_by(command, names, page)}"
 
 
+def share(run):
+    """How much of the way from random to the expert of the file the last policy has gone, in %."""
+    learner, random, expert = (run[who]["return_mean"] for who in ("learner", "random", "expert"))
+    return 100 * (learner - random) / (expert - random)
+
+
+def tasks(names, page):
+    """A line for each task and number of demonstrations, a column for each experiment: the
+    interquartile mean of the shares with its interval, and the seeds with 95 % and more."""
+    lines = {}
+    for name in names:
+        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+            task, demos = variant.split(", ")
+            shares = np.array([share(run) for run in runs])
+            low, high = bootstrap_interval(shares)
+            line = lines.setdefault((task, int(demos)), {"task": task, "demonstrations": demos})
+            heading = name.removeprefix("tasks_").removesuffix("_one").replace("_", " ")
+            middle = interquartile_mean(shares)
+            solved = f"{sum(shares >= 95)} of {len(shares)}"
+            line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
+    command = f"python benchmark/run.py {' '.join(names)}"
+    return f"{markdown(lines.values())}\n{made_by(command, names, page)}"
+
+
 def table(name, page):
     """The Markdown of an experiment's table, and below it the command that made it."""
+    if name.startswith("tasks_"):
+        return tasks([part for part in name.split("+") if path_of(part).exists()], page)
     if "+" in name:
         return side_by_side(name.split("+"), page)
     result = load(name)
@@ -225,7 +252,8 @@ def fill(page):
         opening, kind, name, end = match.groups()
         figure = os.path.relpath(FIGURES / f"{name}.png", page.parent)
         text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
-        if not all(path_of(part).exists() for part in name.split("+")):
+        measured = all if kind == "figure" or not name.startswith("tasks_") else any
+        if not measured(path_of(part).exists() for part in name.split("+")):
             text = "not measured yet\n"
         elif kind == "table":
             text = table(name, page)
