@@ -76,7 +76,7 @@ CLONED = 64  # of the expert's pairs in a step of cloning
 FINAL_LR = 0.02  # the policy's and the critic's step sizes fall to this share, over --schedule
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
-REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "bc_weight": 0.0}
+REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -98,7 +98,7 @@ def add_settings(parser, argv):
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
-    flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help=lambdas)
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")

@@ -88,9 +88,9 @@ def add_settings(parser, argv):
     In the harness: number, check, tensors, SideBySide, EVALUATION_SEEDS, say, and Run."""
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
-    flag("--total-steps", type=number(int, 1), default=600_000, help="environment steps, in all")
+    flag("--total-steps", type=number(int, 1), default=300_000, help="environment steps, in all")
     schedule = "steps over which the actions' deviation and the policy's and D's step sizes fall"
-    flag("--schedule", type=number(int, 1), default=600_000, help=schedule)
+    flag("--schedule", type=number(int, 1), default=300_000, help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each in a rollout")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
