@@ -1,6 +1,7 @@
 """Drive RaceCar-v0 with its waypoint controller, record or film that, or take the wheel yourself.
 
     python experts/racecar.py --demos demos.npz --action-noise 0.1     (30 laps, a few seconds)
+    python experts/racecar.py --demos demos.npz --manner human         (as a person might drive)
     python experts/racecar.py --video lap.mp4
     python experts/racecar.py --render
     python experts/racecar.py --drive --demos mine.npz
@@ -23,6 +24,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -43,6 +45,33 @@ class Lap(NamedTuple):
     rewards: np.ndarray  # (steps,) float32
     terminated: bool
     is_success: bool
+
+
+class HumanManner:
+    """A model of a person at the wheel, where no person is at hand: none has been fitted to it.
+
+    Three steps late, it turns the wheel half as far again as the controller would (so it
+    overshoots), not quite to where it means to, and holds it there until it is off by more than the
+    dead band. In turns it takes the foot off the throttle. It remembers: no function of the
+    observation alone drives like this.
+    """
+
+    DELAY, GAIN, DEAD_BAND, TREMOR = 3, 1.5, 0.2, 0.1  # steps; of the steering: factor, share, std
+
+    def __init__(self, throttle: float, seed: int) -> None:
+        self.throttle, self.controller = throttle, WaypointController(throttle, self.GAIN)
+        self.random = np.random.default_rng((seed, 2))
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """The action, (2,) float32, for the next observation, (9,), of a lap."""
+        if not observation[2:4].any():  # at rest: a lap begins
+            self.seen: deque[np.ndarray] = deque(maxlen=self.DELAY + 1)
+            self.wheel = 0.0
+        self.seen.append(observation)
+        wish = float(self.controller(self.seen[0])[0])
+        if abs(wish - self.wheel) > self.DEAD_BAND:
+            self.wheel = np.clip(wish + self.TREMOR * self.random.standard_normal(), -1, 1)
+        return np.array([self.wheel, self.throttle * (1 - abs(self.wheel) / 2)], dtype=np.float32)
 
 
 def record_laps(
@@ -82,6 +111,8 @@ def drive_laps(args: argparse.Namespace) -> list[Lap]:
     """Laps by the controller, or by a person, who stops with Ctrl-C or by closing the window."""
     env = gym.make("RaceCar-v0", render_mode="human" if args.render or args.drive else None)
     controller = WaypointController(args.throttle)
+    if args.manner == "human":
+        controller = HumanManner(args.throttle, args.seed)
 
     def choose_action(observation: np.ndarray) -> np.ndarray:
         if args.drive:
@@ -173,6 +204,8 @@ def parse_arguments(arguments: list[str]) -> tuple[OneLineParser, argparse.Names
     add("--video", type=Path, metavar="FILE.mp4", help="film one lap of the controller")
     add("--render", action="store_true", help="show the laps in a window")
     add("--drive", action="store_true", help="drive them yourself, with the window's arrow keys")
+    manners = "the controller, or a model of a person: late, with a dead band, overshooting"
+    add("--manner", choices=("controller", "human"), default="controller", help=manners)
     add("--episodes", type=int, default=30, help="laps that reach the finish")
     add("--action-noise", type=float, default=0.0, help="standard deviation, 0 to 1")
     add("--throttle", type=float, default=0.5, help="above 0, up to 1, which is 2.5 m/s")
@@ -203,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status. Bad input: one line on stderr, status 2, no demonstrations."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser, args = parse_arguments(arguments)
-    driver = "a person" if args.drive else "waypoint controller"
+    driver = "a model of a person" if args.manner == "human" else "waypoint controller"
+    driver = "a person" if args.drive else driver
     metadata = {
         "env_id": "RaceCar-v0",
         "expert": f"{driver}, throttle {args.throttle:g}, action noise {args.action_noise:g}",

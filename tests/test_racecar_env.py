@@ -368,6 +368,16 @@ def test_a_recorded_file_keeps_the_contract_and_replays(make, tmp_path):
     assert ends.sum() == 3 and demos["terminated"].all() and demos["episode_starts"][0]
 
 
+def test_the_model_of_a_person_holds_the_wheel_still_and_is_the_same_again(tmp_path):
+    for name in ("first.npz", "again.npz"):
+        flags = ["--demos", name, "--episodes", "2", "--manner", "human"]
+        assert python(PROGRAM, *flags, cwd=tmp_path).returncode == 0
+    first, again = (load(tmp_path / name) for name in ("first.npz", "again.npz"))
+    assert (first["actions"] == again["actions"]).all() and first["terminated"].all()
+    assert "model of a person" in first["metadata"]["expert"]
+    assert (np.diff(first["actions"][:, 0]) == 0).mean() > 0.6
+
+
 def test_a_person_drives_with_arrow_keys_until_ctrl_c(make, monkeypatch, tmp_path):
     """One with the controller's eyes and three keys, who waits, fails, finishes and stops."""
     env, laps, path = make(), [], tmp_path / "mine.npz"
