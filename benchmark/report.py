@@ -25,6 +25,11 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
 FIGURES = ROOT / "docs" / "figures"
+LABELS = {
+    "tasks_cloning": "cloning",
+    "tasks_scratch": "GAIL alone",
+    "tasks_gail": "GAIL, the default",
+}
 BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -250,9 +255,11 @@ def fill(page):
 
     def block(match):
         opening, kind, name, end = match.groups()
-        figure = os.path.relpath(FIGURES / f"{name}.png", page.parent)
+        figure = os.path.relpath(picture(name), page.parent)
         text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
-        measured = all if kind == "figure" or not name.startswith("tasks_") else any
+        if name.startswith("tasks_"):
+            text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
+        measured = any if name.startswith("tasks_") else all
         if not measured(path_of(part).exists() for part in name.split("+")):
             text = "not measured yet\n"
         elif kind == "table":
@@ -283,6 +290,38 @@ def draw_sweep(axes, variants):
     axes.plot([interquartile_mean(y) for y in returns], color="tab:blue", linewidth=2.2)
     axes.set_xticks(range(len(variants)), [runs[0]["variant"] for runs in variants])
     axes.set(title="at the end", xlabel="demonstrations")
+
+
+def picture(name):
+    return FIGURES / ("tasks.png" if name.startswith("tasks_") else f"{name}.png")
+
+
+def draw_tasks(names, demos="4"):
+    """A row for each task: every seed's share a dot, their interquartile mean a bar, by colour."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes, ticks = figure.subplots(), {}
+    axes.axvline(100, color="gray", linestyle="--", linewidth=1)
+    axes.axvline(95, color="gray", linestyle=":", linewidth=1)
+    for k, (name, color) in enumerate(zip(names, ("#E69F00", "#009E73", "#0072B2"))):
+        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+            task, number = variant.split(", ")
+            if number != demos:
+                continue
+            y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
+            shares = np.clip([share(run) for run in runs], -10, 120)
+            label = LABELS[name] if ticks[task] == 0 else None
+            axes.plot(shares, [y] * len(shares), "o", color=color, markersize=3.5, alpha=0.6)
+            middle = interquartile_mean(shares)
+            axes.plot([middle] * 2, [y - 0.12, y + 0.12], color=color, linewidth=3, label=label)
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    axes.set(
+        xlim=(-12, 122),
+        xlabel="share of the way from random to the expert, % (outside: at the edge)",
+    )
+    axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
+    axes.legend(loc="lower left")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / "tasks.png", dpi=110, metadata={"Software": None})
 
 
 def draw(name):
@@ -327,8 +366,9 @@ def main():
         if not check:
             page.write_text(fill(page))
     for name in [] if check else sorted(figures):
-        if path_of(name).exists():
-            draw(name)
+        found = [part for part in name.split("+") if path_of(part).exists()]
+        if found:
+            draw_tasks(found) if name.startswith("tasks_") else draw(name)
     return int(check and bool(stale))
 
 
