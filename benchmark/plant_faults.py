@@ -77,7 +77,10 @@ FAULTS = {  # name: the text, and what takes its place
         "run.record(scalars, best.module)",
         "run.record(scalars, policy)",
     ),
-    "cloning's loss is left out": ("loss = loss + bc_weight * behav", "loss = loss + 0 * behav"),
+    "cloning's loss is left out": (
+        "behavioural_cloning_loss(policy, *pairs)\n",
+        "0 * behavioural_cloning_loss(policy, *pairs)\n",
+    ),
     "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
     "constant observations": ("deviation.where(deviation > 1e-6, 1.0)", "deviation"),
     "one absorbing state for the race car": (

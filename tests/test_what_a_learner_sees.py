@@ -146,3 +146,20 @@ def test_cloning_keeps_the_policy_with_the_least_loss_on_pairs_it_does_not_learn
     best = np.argmin([point["losses/checked"] for point in curve])
     assert best < 7
     assert same(kept, BC.run(tmp_path / "short", *flags, iterations=int(best) + 1))
+
+
+@pytest.mark.parametrize("case", [PPO, *RACECAR[:1]], ids=str)
+def test_cloning_beside_ppo_pulls_towards_the_expert(case, tmp_path):
+    """Where the discriminator is not trained, nothing else does."""
+    losses = []
+    for weight in (0, 100):
+        folder = tmp_path / f"{weight}"
+        flags = ["--control", "frozen-discriminator", "--epochs", 40, "--bc-weight", weight]
+        case.run(folder, *flags, iterations=6)
+        run = case.module.load_demos(case.module.parse_args(case.argv()))[0]
+        observations, actions = case.module.tensors(run)
+        policy, _ = case.module.load_policy(folder / "policy.pt")
+        with torch.no_grad():
+            pairs = observations, policy.from_env(actions)
+            losses.append(float(case.module.behavioural_cloning_loss(policy, *pairs)))
+    assert losses[1] < losses[0] - 0.1
