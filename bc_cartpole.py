@@ -90,7 +90,7 @@ def mlp(*sizes):
 
 
 class Standardise(nn.Module):
-    """Minus the expert's mean, over its deviation, clamped to [-10, 10]: (..., size) both."""
+    """(x - the expert's mean) / its deviation, clamped to [-10, 10]: (..., size) -> (..., size)."""
 
     def __init__(self, size):
         super().__init__()
@@ -98,7 +98,7 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def measure(self, sample):
-        """By a sample, (n, size). What never varies in it keeps its own units."""
+        """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
         deviation, mean = torch.std_mean(sample, 0, correction=0)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation.where(deviation > 1e-6, 1.0))
@@ -108,8 +108,8 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's, in units of its own: from 0 on,
-    or rescaled so that the box is [-1, 1].
+    """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
+    from 0, or fill [-1, 1]; to_env and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""

@@ -20,10 +20,11 @@ tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs
 has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-keeps its logits small; (3) twenty D updates per rollout, and step sizes that fall; (4) the entropy
-bonus is weighed against normalised advantages, not against the reward; (5) an average of the
-policies is kept, not the last; (6) a choice of reward forms, of which `gail` is the paper's, and of
-an absorbing state; (7) cloning's loss beside PPO's: --bc-weight 0 leaves it out.
+keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
+critic that fall; (4) the entropy bonus is that of the visited states, beside normalised advantages;
+(5) the mean of the policies' weights is kept, not the last policy; (6) other reward forms than the
+paper's (`gail`), and an absorbing state, as options; (7) cloning's loss beside PPO's: --bc-weight 0
+leaves it out.
 """
 
 # /// script
@@ -71,9 +72,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"
-LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
-CLONED = 64  # of the expert's pairs in a step of cloning
-FINAL_LR = 0.02  # the policy's and the critic's step sizes fall to this share, over --schedule
+LEAST_STD = 0.1  # of a Gaussian: with less, log-probabilities, and so single pairs, weigh too much
+CLONED = 64  # pairs of the expert in one step of cloning
+FINAL_LR = 0.02  # policy's and critic's step sizes, and --bc-weight, fall to this over --schedule
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
@@ -83,7 +84,9 @@ CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert"
 def add_settings(parser, argv):
     """The algorithm's flags.
 
-    In the harness: number, tensors, SideBySide, EVALUATION_SEEDS, say, Run, BadInput and Failed."""
+    In the harness: number(type, least, most) checks a flag's value, bounds included; SideBySide
+    holds the environments and their observations; Run holds demonstrations, folder and log; and
+    tensors, EVALUATION_SEEDS, say, BadInput and Failed."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("policy").add_argument
     algorithm = "for step 4 above; reinforce has defaults of its own: REINFORCE in the script"
@@ -97,7 +100,7 @@ def add_settings(parser, argv):
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
-    lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
+    lambdas = "1: rewards to the rollout's end, then the critic; less: trust the critic sooner"
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help=lambdas)
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
@@ -109,13 +112,14 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D: docs/gail_cartpole.md compares them"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "let D judge what follows an end, in place of value 0; auto: if demonstrations terminate"
+    ends = "after an end: D's reward for ever, not 0; auto: yes if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+    controls = "take what the expert teaches out of the reward; cloning stays: add --bc-weight 0"
+    flag("--control", choices=CONTROLS, default="none", help=controls)
     # The flags that all scripts share are there already. Those given by the user still win.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
@@ -133,7 +137,7 @@ def mlp(*sizes):
 
 
 class Standardise(nn.Module):
-    """Minus the expert's mean, over its deviation, clamped to [-10, 10]: (..., size) both."""
+    """(x - the expert's mean) / its deviation, clamped to [-10, 10]: (..., size) -> (..., size)."""
 
     def __init__(self, size):
         super().__init__()
@@ -141,7 +145,7 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def measure(self, sample):
-        """By a sample, (n, size). What never varies in it keeps its own units."""
+        """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
         deviation, mean = torch.std_mean(sample, 0, correction=0)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation.where(deviation > 1e-6, 1.0))
@@ -151,8 +155,8 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's, in units of its own: from 0 on,
-    or rescaled so that the box is [-1, 1].
+    """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
+    from 0, or fill [-1, 1]; to_env and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -224,7 +228,7 @@ class Discriminator(nn.Module):
         """Add the absorbing pair 1 / (1 - gamma) times for each end: (n, size) -> (more, size).
 
         After an end the absorbing state lasts for ever. Discounted, that is as long as 1 + gamma +
-        gamma^2 + ... = 1 / (1 - gamma) steps: so many copies D sees.
+        gamma^2 + ... = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once each.
         DEVIATION from DAC (Kostrikov et al. 2019), which adds one pair for each end."""
         rows = round(float(ends) / (1 - gamma))
         return torch.cat([pairs, self.absorbing_pair().expand(rows, -1)])
@@ -241,13 +245,13 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
 
-    The mask leaves out mixtures with an absorbing pair: that lies near the expert's mean pair, and
-    the penalty would tie its logit to theirs. -> ()"""
+    The mask leaves out mixtures with an absorbing pair. That pair lies near the expert's mean pair:
+    the penalty would hold the two logits close together. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    real = between[:, -1] == 0
-    return ((gradient.norm(dim=-1) - 1).square() * real).mean()
+    unflagged = between[:, -1] == 0
+    return ((gradient.norm(dim=-1) - 1).square() * unflagged).mean()
 
 
 def imitation_reward(logits, form):
@@ -305,7 +309,7 @@ class Environments:
     step is a transition.
 
     An episode is known by its seed and the actions since: replayed, they lead back to where it
-    was. So a checkpoint needs no more of any task than that."""
+    was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.side = SideBySide(env_id, num_envs)
@@ -322,8 +326,8 @@ class Environments:
         self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Copies of the observations that the steps lead to, terminated, truncated: (num_envs, ...)
-        each; and, for the log, a list of the ended episodes' returns and lengths."""
+        """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
+        last), terminated, truncated. And for the log: the ended episodes' (return, length)."""
         next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
         ended = []
         for i, action in enumerate(actions):
@@ -357,14 +361,14 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), and the ended episodes."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.side.observations.copy()
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *after, ends = envs.step(policy.to_env(actions))
+        *after, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), *after))
-        ended += ends
+        ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
     return dict(zip(names, columns)), ended
@@ -386,7 +390,7 @@ def minibatch(number, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns the mean loss."""
+    """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
     total = 0.0
     for _ in range(args.discriminator_updates):
         (expert,) = minibatch(args.discriminator_batch, expert_pairs)
@@ -403,8 +407,15 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION: beside PPO's loss stands cloning's (Jena et al. 2020). By GAIL alone a policy finds
-    the expert's actions by chance; by cloning alone it errs where the expert never was."""
+    DEVIATION: beside this loss stands cloning's, as in Jena et al. 2020, where the weights of both
+    change. By GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs
+    where the expert never was."""
+
+    def cloning_loss():
+        if not bc_weight:
+            return 0.0
+        return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONED, *expert))
+
     observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
@@ -412,7 +423,7 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     if args.policy_gradient == "reinforce":
         new = policy(observations)
         policy_loss = reinforce_loss(new.log_prob(actions), advantages)
-        descend(optimizer, policy_loss - args.entropy * new.entropy().mean())
+        descend(optimizer, policy_loss + cloning_loss() - args.entropy * new.entropy().mean())
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
@@ -423,10 +434,7 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
             log_probs = new.log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             loss = policy_loss + value_loss - args.entropy * new.entropy().mean()
-            if bc_weight:
-                pairs = minibatch(CLONED, *expert)
-                loss = loss + bc_weight * behavioural_cloning_loss(policy, *pairs)
-            descend(optimizer, loss)
+            descend(optimizer, loss + cloning_loss())
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -439,10 +447,10 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, absorbing, ends):
-    """What the last logged scalars warn of, for the verdict of a run that is not solved.
+    """What to advise if the run is not solved, from the last scalars that it logged.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, it has a cliff and no slope where the policy is."""
+    right about 99 of 100 pairs of both kinds, its reward is flat and low where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
     if ends and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
@@ -461,8 +469,8 @@ def train(args):
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     average = AveragedModel(policy, avg_fn=recent_average)
-    network = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
-    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)  # (...)
+    network = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., 1), flattened to (...)
+    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # for cloning; GAIL sets its own
@@ -472,15 +480,15 @@ def train(args):
     if args.control == "shuffled-expert":
         actions = actions[torch.randperm(len(actions))]
     expert_pairs = discriminator.make_pairs(observations, actions)  # (pairs, size of a pair)
-    ends = sum(episode["ends"] for episode in run.demos)
+    ends = sum(episode["ends"] for episode in run.demos)  # how many of them terminate
     absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and ends > 0)
-    absorbing = absorbing and args.control != "constant-reward"
+    absorbing = absorbing and args.control != "constant-reward"  # which rewards without D
     if absorbing:
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
 
     networks = {"policy": policy, "average": average, "critic": critic}
     networks |= {"discriminator": discriminator, "envs": envs}
-    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
+    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)  # --resume: loads them
     expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
         descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONED, *expert)))
@@ -490,7 +498,7 @@ def train(args):
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
 
-        # 1. Roll out the policy; REINFORCE from fresh starts, so that a sum of rewards is whole.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that no episode began before it.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -508,10 +516,10 @@ def train(args):
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
-        # 3. Reward each pair, and from that its advantage. Times 1 - gamma, a discounted sum of
-        # rewards is their mean, as it were: small for the critic, and that of an absorbing state,
-        # which pays the same for ever, is its reward.
-        with torch.no_grad():
+        # 3. Reward each pair, and from that its advantage. Rewards are scaled by 1 - gamma, so that
+        # a discounted sum of them is a weighted mean: small enough for the critic. And an absorbing
+        # state, which pays r for ever, is worth r.
+        with torch.no_grad():  # the expert's absorbing pairs, which come last, are left out here
             logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":

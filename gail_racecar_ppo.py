@@ -71,7 +71,7 @@ from tqdm import tqdm
 from racecar_env import FINISH, FINISH_RADIUS
 
 SCRIPT = "gail_racecar_ppo"
-CLONED = 64  # of the expert's pairs in a step of cloning
+CLONED = 64  # pairs of the expert in one step of cloning
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
@@ -114,7 +114,8 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+    controls = "take what the expert teaches out of the reward; cloning stays: add --bc-weight 0"
+    flag("--control", choices=CONTROLS, default="none", help=controls)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class Environments:
     step is a transition.
 
     An episode is known by its seed and the actions since: replayed, they lead back to where it
-    was. So a checkpoint needs no more of any task than that."""
+    was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.side = SideBySide(env_id, num_envs)
@@ -298,8 +299,8 @@ class Environments:
         self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Copies of the observations that the steps lead to, terminated, truncated: (num_envs, ...)
-        each; and, for the log, a list of the ended episodes' returns and lengths."""
+        """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
+        last), terminated, truncated. And for the log: the ended episodes' (return, length)."""
         next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
         ended = []
         for i, action in enumerate(actions):
@@ -333,14 +334,14 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), and the ended episodes."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.side.observations.copy()
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *after, ends = envs.step(policy.to_env(actions))
+        *after, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), *after))
-        ended += ends
+        ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
     return dict(zip(names, columns)), ended
@@ -362,7 +363,7 @@ def minibatch(number, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns the mean loss."""
+    """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
     total = 0.0
     for _ in range(args.discriminator_updates):
         (expert,) = minibatch(args.discriminator_batch, expert_pairs)
@@ -378,8 +379,15 @@ def update_policy(policy, critic, optimizer, batch, expert, args):
     """Step 4: PPO on minibatches of the rollout; returns what to log.
 
     `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION: beside PPO's loss stands cloning's (Jena et al. 2020). By GAIL alone a policy finds
-    the expert's actions by chance; by cloning alone it errs where the expert never was."""
+    DEVIATION: beside this loss stands cloning's, as in Jena et al. 2020, where the weights of both
+    change. By GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs
+    where the expert never was."""
+
+    def cloning_loss():
+        if not args.bc_weight:
+            return 0.0
+        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONED, *expert))
+
     observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
@@ -389,11 +397,7 @@ def update_policy(policy, critic, optimizer, batch, expert, args):
             log_probs = policy(observations[rows]).log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            loss = policy_loss + value_loss
-            if args.bc_weight:
-                pairs = minibatch(CLONED, *expert)
-                loss = loss + args.bc_weight * behavioural_cloning_loss(policy, *pairs)
-            descend(optimizer, loss)
+            descend(optimizer, policy_loss + value_loss + cloning_loss())
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs

@@ -277,7 +277,7 @@ class Environments:
     step is a transition.
 
     An episode is known by its seed and the actions since: replayed, they lead back to where it
-    was. So a checkpoint needs no more of any task than that."""
+    was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.side = SideBySide(env_id, num_envs)
@@ -294,8 +294,8 @@ class Environments:
         self.side.begin(i, self.seeds[i])
 
     def step(self, actions):
-        """Copies of the observations that the steps lead to, terminated, truncated: (num_envs, ...)
-        each; and, for the log, a list of the ended episodes' returns and lengths."""
+        """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
+        last), terminated, truncated. And for the log: the ended episodes' (return, length)."""
         next_observations, rewards, terminated, truncated, _ = self.side.step(actions)
         ended = []
         for i, action in enumerate(actions):
@@ -329,14 +329,14 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """`num_steps` steps of each: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), and the ended episodes."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.side.observations.copy()
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *after, ends = envs.step(policy.to_env(actions))
+        *after, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), *after))
-        ended += ends
+        ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
     return dict(zip(names, columns)), ended
@@ -358,7 +358,7 @@ def minibatch(number, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns the mean loss."""
+    """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
     total = 0.0
     for _ in range(args.discriminator_updates):
         (expert,) = minibatch(args.discriminator_batch, expert_pairs)

@@ -30,7 +30,7 @@ FAULTS = {  # name: the text, and what takes its place
         "log_probs * centred",
     ),
     "mask: the penalty on absorbing pairs": (
-        "    return ((gradient.norm(dim=-1) - 1).square() * real).mean()",
+        "    return ((gradient.norm(dim=-1) - 1).square() * unflagged).mean()",
         "    return (gradient.norm(dim=-1) - 1).square().mean()",
     ),
     "seed: evaluation on training's seeds": (
@@ -78,8 +78,8 @@ FAULTS = {  # name: the text, and what takes its place
         "run.record(scalars, policy)",
     ),
     "cloning's loss is left out": (
-        "behavioural_cloning_loss(policy, *pairs)\n",
-        "0 * behavioural_cloning_loss(policy, *pairs)\n",
+        "bc_weight * behavioural_cloning_loss(policy, *minibatch",
+        "bc_weight * 0 * behavioural_cloning_loss(policy, *minibatch",
     ),
     "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
     "constant observations": ("deviation.where(deviation > 1e-6, 1.0)", "deviation"),
