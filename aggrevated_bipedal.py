@@ -581,34 +581,34 @@ class SideBySide:
 
 
 def play(act, env_id, episodes, seed, videos=None):
-    """The first episode of each of many new environments: a list of dicts of arrays.
+    """Episodes with seeds from this one on, side by side in new environments: dicts of arrays.
 
     `act` maps observations to actions, one row for each environment; None acts at random. They are
     filmed if `videos` is a folder."""
     vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
-    in_numpy = vector.startswith("gymnasium.") and not videos  # CartPole: 20 times as fast
-    at_once = 500 if in_numpy else 5  # some simulators take 30 MB each
-    if episodes > at_once:
-        rest = play(act, env_id, episodes - at_once, seed + at_once)
-        return play(act, env_id, at_once, seed) + rest
-    if in_numpy:
-        envs = gym.make_vec(env_id, episodes, vectorization_mode="vector_entry_point")
+    if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
+        at_once = min(episodes, 500)
+        envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
     else:
-        envs = SideBySide(env_id, episodes, videos)
-    envs.action_space.seed(seed)
-    observations, _ = envs.reset(seed=seed)
-    running, frames = np.ones(episodes, bool), []
-    while running.any():
-        seen = observations.astype(np.float32)
-        actions = act(seen) if act else envs.action_space.sample()
-        observations, rewards, terminated, truncated, info = envs.step(actions)
-        success = info.get("is_success", np.full(episodes, np.nan))
-        frames.append((running.copy(), seen, actions, rewards, terminated, success))
-        running &= ~(terminated | truncated)
+        at_once = min(episodes, 5)  # some simulators take 30 MB each
+        envs = SideBySide(env_id, at_once, videos)
+    played = []
+    while len(played) < episodes:
+        envs.action_space.seed(seed + len(played))
+        observations, _ = envs.reset(seed=seed + len(played))
+        running, frames = np.ones(at_once, bool), []
+        while running.any():
+            seen = observations.astype(np.float32)
+            actions = act(seen) if act else envs.action_space.sample()
+            observations, rewards, terminated, truncated, info = envs.step(actions)
+            success = info.get("is_success", np.full(at_once, np.nan))
+            frames.append((running.copy(), seen, actions, rewards, terminated, success))
+            running &= ~(terminated | truncated)
+        lasted, *columns = (np.stack(column, 1) for column in zip(*frames))
+        names = ("observations", "actions", "rewards", "terminated", "is_success")
+        played += [dict(zip(names, (x[i, lasted[i]] for x in columns))) for i in range(at_once)]
     envs.close()
-    running, *columns = (np.stack(column, 1) for column in zip(*frames))
-    names = ("observations", "actions", "rewards", "terminated", "is_success")
-    return [dict(zip(names, (x[i, running[i]] for x in columns))) for i in range(episodes)]
+    return played[:episodes]
 
 
 def statistics(episodes):
