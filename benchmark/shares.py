@@ -60,6 +60,7 @@ def evaluation_row(task, demos, repeats, folder):
     evaluated, never = (median(found) for found in times.values())
     return {
         "what": f"gail_cartpole.py on {task}, {STEPS:,} steps",
+        "median of": str(repeats),
         "CPU, s": f"{evaluated:.1f}",
         "without evaluations, s": f"{never:.1f}",
         "share of the evaluations": f"{1 - never / evaluated:.1%}",
@@ -75,6 +76,8 @@ def pair_row(script, other, repeats, folder):
     for repeat in range(repeats):
         name = f"{script}-{repeat}"
         here = ["--total-steps", str(steps), "--eval-episodes", "20", "--out", f"{folder}/{name}"]
+        if script in ("gail_cartpole.py", "gail_racecar_ppo.py"):
+            here += ["--bc-weight", "0"]  # the first version clones nothing
         there = [flag, str(steps), "--eval-episodes", str(episodes), "--out", folder]
         there += ["--run-name", f"there-{name}"]
         times["here"].append(cpu_seconds([*command, *here], ROOT))
@@ -82,6 +85,7 @@ def pair_row(script, other, repeats, folder):
     here, there = median(times["here"]), median(times["there"])
     return {
         "what": f"{script}, {steps:,} steps",
+        "median of": str(repeats),
         "CPU, s": f"{here:.1f}",
         "first version, s": f"{there:.1f}",
         "by the first version": f"{here / there:.2f}",
