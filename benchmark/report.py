@@ -224,12 +224,13 @@ def tasks(names, page):
             shares = np.array([share(run) for run in runs])
             low, high = bootstrap_interval(shares)
             line = lines.setdefault((task, int(demos)), {"task": task, "demonstrations": demos})
-            heading = name.removeprefix("tasks_").removesuffix("_one").replace("_", " ")
+            heading = name.split("_")[1]
             middle = interquartile_mean(shares)
             solved = f"{sum(shares >= 95)} of {len(shares)}"
             line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
     command = f"python benchmark/run.py {' '.join(names)}"
-    return f"{markdown(lines.values())}\n{made_by(command, names, page)}"
+    ordered = sorted(lines, key=lambda row: row[1])  # by demonstrations, tasks in the file's order
+    return f"{markdown(lines[row] for row in ordered)}\n{made_by(command, names, page)}"
 
 
 def table(name, page):
