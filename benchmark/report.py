@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
 FIGURES = ROOT / "docs" / "figures"
-LABELS = {
-    "tasks_cloning": "cloning",
-    "tasks_scratch": "GAIL alone",
-    "tasks_gail": "GAIL, the default",
+LABELS = {  # of the picture of tasks, with colours that colour-blind readers tell apart
+    "tasks_cloning": ("cloning", "#E69F00"),
+    "tasks_scratch": ("GAIL alone", "#009E73"),
+    "tasks_gail": ("GAIL, the default", "#0072B2"),
 }
 BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -303,17 +303,18 @@ def draw_tasks(names, demos="4"):
     axes, ticks = figure.subplots(), {}
     axes.axvline(100, color="gray", linestyle="--", linewidth=1)
     axes.axvline(95, color="gray", linestyle=":", linewidth=1)
-    for k, (name, color) in enumerate(zip(names, ("#E69F00", "#009E73", "#0072B2"))):
+    for k, name in enumerate(names):
+        label, color = LABELS[name]
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             task, number = variant.split(", ")
             if number != demos:
                 continue
             y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
             shares = np.clip([share(run) for run in runs], -10, 120)
-            label = LABELS[name] if ticks[task] == 0 else None
             axes.plot(shares, [y] * len(shares), "o", color=color, markersize=3.5, alpha=0.6)
             middle = interquartile_mean(shares)
             axes.plot([middle] * 2, [y - 0.12, y + 0.12], color=color, linewidth=3, label=label)
+            label = None
     axes.set_yticks(list(ticks.values()), list(ticks))
     axes.set(
         xlim=(-12, 122),
