@@ -8,7 +8,7 @@ Algorithm 1) repeats:
     4. take a policy gradient step, PPO or REINFORCE, on that reward.
 
     python gail_cartpole.py --total-steps 20000       a look around: a few seconds
-    python gail_cartpole.py                           the default run on CartPole: ten seconds
+    python gail_cartpole.py                           the default run on CartPole: 15 seconds
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz     a task of yours; with uv:
