@@ -764,8 +764,7 @@ class Run:
         self.seconds = time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
-                saved = f"last checkpoint: {self.folder / 'checkpoint.pt'}"
-                raise Failed(f"{tag} is {value} at step {now}; {saved}")
+                raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         due = now >= args.total_steps or now % args.eval_every == 0
         if due:

@@ -943,8 +943,8 @@ class Run:
         began, args = time.perf_counter(), self.args
         seed = EVALUATION_SEEDS + 10_000 * args.seed
         result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-        for name, value in result.items():
-            self.log.add_scalar(f"eval/{name}", value, self.steps)
+        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
+            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
         self.curve.append({"steps": self.steps, "wall_seconds": self.seconds, **result, **scalars})
         saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
         saved |= {"settings": policy.settings, "weights": policy.state_dict()}
