@@ -46,7 +46,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -61,7 +60,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
@@ -73,8 +72,11 @@ from tqdm import tqdm
 SCRIPT = "aggrevated_bipedal"
 MIXING = 5  # iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0
 STD = 0.1  # of the learner's actions, before tanh
+BATCH = 256  # transitions in one update
+CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
+VALIDATION = 10  # times --eval-episodes: where falls are rare, with few episodes luck decides
 LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
-HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3, "standardize": True}
+HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
 HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is harder to fit
 
@@ -85,33 +87,22 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("expert").add_argument
     shipped = "weak or good (shipped for the walkers), or a .pt of this script or experts/"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
-    few = "to select the best policy; where falls are rare, with few episodes luck decides"
-    flag("--validation-episodes", type=number(int, 2, 1_000), default=200, help=few)
     flag = parser.add_argument_group("roll-in").add_argument
-    steps = "iterations of roll-in, fit and improvement; the hardcore course has its own defaults"
-    flag("--total-steps", type=number(int, 1), default=20, help=steps)
-    one = "environments, one trajectory each"
-    flag("--num-envs", type=number(int, 1, 10_000), default=20, help=one)
+    flag("--total-steps", type=number(int, 1), default=20, help="iterations of the four steps")
+    flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     noise = "largest standard deviation of the noise on roll-in actions; 0: none"
     flag("--noise", type=number(float, 0), default=0.5, help=noise)
     longest = "the expert takes over after a random number of steps below this"
     flag("--switch", type=number(int, 1), default=1_000, help=longest)
     flag = parser.add_argument_group("Q*").add_argument
-    width = "width of the two hidden layers"
-    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help=width)
+    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
     flag("--critic-updates", type=number(int, 0), default=1_000, help="in an iteration")
-    flag("--critic-lr", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag = parser.add_argument_group("policy").add_argument
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
-    fall = "Adam's step size, which falls to 0 in each iteration"
-    flag("--policy-lr", type=number(float, 0), default=2e-3, help=fall)
-    flag("--batch-size", type=number(int, 1), default=256, help="for both updates")
-    standard = "the networks' inputs, by the expert's first trajectories"
-    flag("--standardize", action=argparse.BooleanOptionalAction, default=False, help=standard)
-    flag("--hidden", type=number(int, 1, 4_096), default=128, help=width)
+    flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of both hidden layers")
     caution = "standard deviations of the critics to subtract from their mean: a lower bound"
     flag("--caution", type=number(float, 0), default=1.5, help=caution)
     anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
@@ -322,7 +313,7 @@ def refit(critics, target, optimizer, transitions, args):
     """Fitted Q evaluation, continued on all transitions so far; returns the last loss."""
     loss = torch.zeros(())
     for _ in range(args.critic_updates):
-        batch = transitions.sample(args.batch_size, args.device)
+        batch = transitions.sample(BATCH, args.device)
         loss = fitted_q_loss(critics, target.module, batch, args.gamma)
         descend(optimizer, loss)
         target.update_parameters(critics)
@@ -334,8 +325,8 @@ def improve(policy, critics, optimizer, transitions, weight, args):
     critics.requires_grad_(False)  # saves computing their gradients
     total = torch.zeros((), device=args.device)
     for update in range(args.policy_updates):
-        optimizer.param_groups[0]["lr"] = args.policy_lr * (1 - update / args.policy_updates)
-        batch = transitions.sample(args.batch_size, args.device)
+        optimizer.param_groups[0]["lr"] = POLICY_LR * (1 - update / args.policy_updates)
+        batch = transitions.sample(BATCH, args.device)
         states, expert_actions = batch["observations"], batch["expert_actions"]
         if args.algorithm == "dagger":
             loss = dagger_loss(policy, states, expert_actions)
@@ -362,8 +353,8 @@ def train(args):
     ema = get_ema_multi_avg_fn(0.95)  # with 0.99 Q* rises too slowly
     target = AveragedModel(critics, multi_avg_fn=ema)
     transitions = Transitions()
-    optimizer = torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True)
-    c_optimizer = torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), POLICY_LR, fused=True)
+    c_optimizer = torch.optim.Adam(critics.parameters(), CRITIC_LR, fused=True)
     networks = {"policy": policy, "best": best, "critics": critics, "target": target}
     optimizers = {"optimizer": optimizer, "c_optimizer": c_optimizer}
     run.start(**networks, **optimizers, transitions=transitions)
@@ -372,7 +363,7 @@ def train(args):
         # 1. Roll in.
         alpha = max(0.0, 1 - run.steps / MIXING)
         batch = roll_in(policy, expert, alpha, args)
-        if args.standardize and run.steps == 0:  # the expert began all
+        if run.steps == 0:  # the expert began all
             policy.measure(batch["observations"])
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
@@ -479,12 +470,16 @@ def parse_args(argv=None):
     return args
 
 
-def write(path, writer):
-    """Write what `writer(file)` writes: the whole file or nothing."""
+def write(path, content):
+    """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            writer(file)
+            if path.suffix == ".json":
+                content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+                file.write(json.dumps(content, indent=2).encode())
+            else:
+                torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -543,41 +538,20 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(array, device=device) for array in arrays]
 
 
-class SideBySide:
-    """Single environments with a vector's interface. One whose episode is over rests, so that an
-    evaluation costs no more steps than its episodes have."""
+class OneEpisode(gym.Wrapper):
+    """After the end of its episode an environment rests, until a seed begins another one."""
 
-    def __init__(self, env_id, num_envs, videos=None):
-        settings = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if videos else {})}
-        self.envs = [gym.make(env_id, **settings) for _ in range(num_envs)]
-        if videos:
-            named = enumerate(self.envs)
-            self.envs = [RecordVideo(env, f"{videos}/{i}", disable_logger=True) for i, env in named]
-        self.action_space = batch_space(self.envs[0].action_space, num_envs)
-        self.observations = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
-        self.running = np.zeros(num_envs, bool)
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.over, (self.last, _) = False, self.env.reset(seed=seed)
+        return self.last, {}
 
-    def begin(self, i, seed):
-        self.observations[i], _ = self.envs[i].reset(seed=seed)
-        self.running[i] = True
-
-    def reset(self, seed):
-        for i in range(len(self.envs)):
-            self.begin(i, seed + i)
-        return self.observations.copy(), {}
-
-    def step(self, actions):
-        rewards, success = np.zeros((2, len(self.envs)))
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
-        for i in np.flatnonzero(self.running):
-            after, rewards[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
-            self.observations[i], success[i] = after, info.get("is_success", np.nan)
-        self.running &= ~(terminated | truncated)
-        return self.observations.copy(), rewards, terminated, truncated, {"is_success": success}
-
-    def close(self):
-        for env in self.envs:
-            env.close()
+    def step(self, action):
+        if self.over:
+            return self.last, 0.0, False, False, {}
+        self.last, reward, terminated, truncated, info = self.env.step(action)
+        self.over = terminated or truncated
+        return self.last, reward, terminated, truncated, info
 
 
 def play(act, env_id, episodes, seed, videos=None):
@@ -585,13 +559,21 @@ def play(act, env_id, episodes, seed, videos=None):
 
     `act` maps observations to actions, one row for each environment; None acts at random. They are
     filmed if `videos` is a folder."""
+
+    def make():
+        settings = {"render_mode": "rgb_array"} if videos else {}
+        env = gym.make(env_id, disable_env_checker=True, **settings)
+        if videos:
+            env = RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
+        return OneEpisode(env)
+
+    at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
     vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
         at_once = min(episodes, 500)
         envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
     else:
-        at_once = min(episodes, 5)  # some simulators take 30 MB each
-        envs = SideBySide(env_id, at_once, videos)
+        envs = SyncVectorEnv([make] * at_once)
     played = []
     while len(played) < episodes:
         envs.action_space.seed(seed + len(played))
@@ -611,15 +593,28 @@ def play(act, env_id, episodes, seed, videos=None):
     return played[:episodes]
 
 
+def evaluation_episodes(act, args, env_id, final=False):
+    """--eval-episodes of them; for the final evaluation five times as many, on other seeds."""
+    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
+    return play(act, env_id, args.eval_episodes * (5 if final else 1), seed)
+
+
+def film(policy, env_id, folder):
+    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
+    with explained("--capture-video"):
+        play(policy.act, env_id, 3, EVALUATION_SEEDS, folder / "videos")
+
+
 def statistics(episodes):
-    with np.errstate(all="ignore"):  # rewards may be infinite
-        returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-        result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result["length_mean"] = float(np.mean([len(episode["rewards"]) for episode in episodes]))
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
     success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
-    if not np.isnan(success):  # the task tells it
-        result["success_rate"] = float(success)
-    return {**result, "episodes": len(episodes)}
+    return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
 
 def describe(result):
@@ -667,27 +662,18 @@ def judge(curve, random, expert, learner):
 
 def draw(summary, path):
     """The learning curve, with expert and random. A run without a picture is still good."""
-    try:
+    with contextlib.suppress(Exception):  # MPLBACKEND, fonts: faults of the surroundings
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes, curve = figure.subplots(), summary["curve"]
+        figure, curve = Figure(figsize=(6, 3.6), layout="constrained"), summary["curve"]
+        axes = figure.subplots()
         steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
-        axes.plot(steps, returns, "o-", markersize=3, label="learner")
+        axes.plot(steps, returns, "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):
             axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
-        title = f"{SCRIPT} on {summary['args']['env_id']}, seed {summary['args']['seed']}"
-        axes.set(xlabel="steps", ylabel="mean return of an episode", title=title)
+        axes.set(xlabel="steps", ylabel="mean return of an episode", title=path.parent.name)
         axes.legend()
-        write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    except Exception as error:  # MPLBACKEND, fonts: faults of the surroundings
-        say(f"{path.name} could not be drawn: {error}")
-
-
-def film(policy, env_id, folder):
-    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
-    with explained("--capture-video"):
-        play(policy.act, env_id, 3, EVALUATION_SEEDS, str(folder / "videos"))
+        write(path, figure)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -700,7 +686,7 @@ class Run:
     kept = ("steps", "env_steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        self.args, self.began, Run.active = args, time.perf_counter(), None
+        self.args, self.clock, Run.active = args, time.perf_counter(), None
         plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
         vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
         self.sizes = sizes(args.env_id)
@@ -715,7 +701,7 @@ class Run:
         check(found == self.sizes, f"{path}: {found}, expected {self.sizes}")
         weights = (x.numpy().tobytes() for x in self.expert.state_dict().values())
         self.digest = sha256(b"".join(weights)).hexdigest()
-        episodes = final_episodes(self.expert.act, args, args.env_id)
+        episodes = evaluation_episodes(self.expert.act, args, args.env_id, final=True)
         say(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes")
         cut = len(episodes) - len(episodes) // 5
         self.not_held_out, self.held_out = episodes[:cut], episodes[cut:]
@@ -741,96 +727,100 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
-        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
         hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        self.setup_seconds = time.perf_counter() - self.began
-        self.clock = time.perf_counter() - self.seconds
+        began, self.clock = self.clock, time.perf_counter()
+        self.setup_seconds = self.clock - began
         Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
         state = {name: getattr(self, name) for name in self.kept}
         state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.checkpoint, lambda file: torch.save(state, file))
+        write(self.checkpoint, state)
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):
-        """End an iteration: log it; validate, save and stop when due. Raises Failed on a NaN."""
+        """End an iteration: log it; validate, keep the best policy, save and stop when due. Raises
+        Failed on a NaN."""
         args, now = self.args, self.steps
-        self.seconds = time.perf_counter() - self.clock
+        self.seconds += time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
                 raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         due = now >= args.total_steps or now % args.eval_every == 0
         if due:
-            self.evaluate(policy, best, scalars)
+            began, seed = time.perf_counter(), EVALUATION_SEEDS + 10_000 * args.seed
+            walks = play(policy.act, args.env_id, VALIDATION * args.eval_episodes, seed)
+            self.seconds += time.perf_counter() - began  # validating is part of the algorithm
+            result = statistics(walks)
+            if result["return_mean"] >= max(
+                (x["return_mean"] for x in self.curve), default=-math.inf
+            ):
+                best.load_state_dict(policy.state_dict())
+            for name in {"return_mean", "return_std", "success_rate"} & {*result}:
+                self.log.add_scalar(f"eval/{name}", result[name], now)
+            point = {"steps": now, "env_steps": self.env_steps, "wall_seconds": self.seconds}
+            self.curve.append({**point, **result, **scalars})
+            saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
+            saved |= {"settings": best.settings, "weights": best.state_dict()}
+            write(self.folder / "policy.pt", saved)
+            self.bar.clear()
+            say(f"{now:>9,} steps  {describe(result)}")
         if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
-        self.clock = time.perf_counter() - self.seconds  # saving does not count
-
-    def evaluate(self, policy, best, scalars):
-        """Validate, and keep the best policy; keep, log and print the result; write policy.pt."""
-        args, seed = self.args, EVALUATION_SEEDS + 10_000 * self.args.seed
-        result = statistics(play(policy.act, args.env_id, args.validation_episodes, seed))
-        self.seconds = time.perf_counter() - self.clock  # validating is part of the algorithm
-        if result["return_mean"] >= max([x["return_mean"] for x in self.curve], default=-math.inf):
-            best.load_state_dict(policy.state_dict())
-        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
-        point = {"steps": self.steps, "env_steps": self.env_steps, "wall_seconds": self.seconds}
-        self.curve.append({**point, **result, **scalars})
-        saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
-        saved |= {"settings": best.settings, "weights": best.state_dict()}
-        write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
-        self.bar.clear()
-        say(f"{self.steps:>9,} steps  {describe(result)}")
+        self.clock = time.perf_counter()  # saving does not count
 
     def finish(self, policy):
         """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
         args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        samples = {"random": final_episodes(None, args, args.env_id)}
-        samples |= {"expert": self.not_held_out}
-        samples["learner"] = final_episodes(policy.act, args, args.env_id)
-        results = {name: statistics(episodes) for name, episodes in samples.items()}
+        samples = {
+            "random": evaluation_episodes(None, args, args.env_id, final=True),
+            "expert": self.not_held_out,
+            "learner": evaluation_episodes(policy.act, args, args.env_id, final=True),
+        }
         experts = self.not_held_out + self.held_out
+        results = {name: statistics(episodes) for name, episodes in samples.items()}
         results["expert"] = statistics(experts)
         for name, distance in occupancy_distances(self.held_out, samples).items():
             results[name]["occupancy_distance"] = distance
+            say(f"{name:8}{describe(results[name])}")
         both = (np.array([e["rewards"].sum() for e in x]) for x in (samples["learner"], experts))
         gains = np.subtract(*both)  # on the same seeds
         solved, verdict = judge(self.curve, **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
-        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-        versions["python"] = platform.python_version()
-        seconds = {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary = {"script": SCRIPT, "args": vars(args), "versions": versions, **results, **seconds}
-        summary |= {"steps": self.steps, "solved_at_steps": solved.get("steps")}
-        summary |= {"solved_at_seconds": solved.get("wall_seconds"), "env_steps": self.env_steps}
-        summary |= {"paired_differences": gains.tolist(), "curve": self.curve, "verdict": verdict}
-        write_json(folder / "summary.json", summary)
+        summary = {
+            "script": SCRIPT,
+            "args": vars(args),
+            "versions": {module.__name__: module.__version__ for module in (torch, gym, np)},
+            **results,
+            "wall_seconds": self.seconds,
+            "setup_seconds": self.setup_seconds,
+            "steps": self.steps,
+            "env_steps": self.env_steps,
+            "solved_at_steps": solved.get("steps"),
+            "solved_at_seconds": solved.get("wall_seconds"),
+            "paired_differences": gains.tolist(),
+            "curve": self.curve,
+            "verdict": verdict,
+        }
+        write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        for name, result in results.items():
-            say(f"{name:8}{describe(result)}")
         say(f"verdict {verdict}\nrun     {folder}")
         if args.capture_video:
             film(policy, args.env_id, folder)
         return summary
-
-
-def final_episodes(act, args, env_id):
-    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000
-    return play(act, env_id, 5 * args.eval_episodes, seed)
 
 
 def evaluate_file(args):
@@ -840,16 +830,15 @@ def evaluate_file(args):
     sizes(env_id)
     torch.manual_seed(args.seed)
     policy.to(args.device)
-    results = {}
+    folder, results = Path(args.out or Path(args.evaluate).parent), {}
     for name in ("greedy", "sampled"):
         act = functools.partial(policy.act, sample=name == "sampled")
         with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = statistics(final_episodes(act, args, env_id))
+            results[name] = statistics(evaluation_episodes(act, args, env_id, final=True))
         say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
-    folder = Path(args.out or Path(args.evaluate).parent)
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", results)
+        write(folder / "evaluation.json", results)
     if args.capture_video:
         film(policy, env_id, folder)
 
@@ -870,6 +859,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
+    np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)
         evaluate_file(args) if args.evaluate else train(args)

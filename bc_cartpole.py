@@ -40,7 +40,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -55,7 +54,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
@@ -271,10 +270,8 @@ def parse_args(argv=None):
     flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
-    often = "steps between evaluations; None: ten in a run, fewer if they cost over a fifth of it"
-    flag("--eval-every", type=number(int, 1), help=often)
-    many = "greedy episodes, on seeds of their own; at the end five times as many"
-    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help=many)
+    flag("--eval-every", type=number(int, 1), help="steps; None: ten times in a run, if cheap")
+    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help="five times as many last")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
@@ -293,21 +290,19 @@ def parse_args(argv=None):
     return args
 
 
-def write(path, writer):
-    """Write what `writer(file)` writes: the whole file or nothing."""
+def write(path, content):
+    """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            writer(file)
+            if path.suffix == ".json":
+                content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+                file.write(json.dumps(content, indent=2).encode())
+            else:
+                torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    """Strict JSON: NaN and infinity become null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def load(path):
@@ -353,16 +348,15 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions, rewards and terminated. Those to learn from have
-    `ends`, too, how many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
+    many ends they show: with --num-pairs, less than one."""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
     check(path.exists(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
-    with explained(path), np.errstate(all="ignore"), np.load(path, allow_pickle=False) as file:
-        unpacked = sum(member.file_size for member in file.zip.infolist())
-        check(unpacked < 2**31, "unpacks to more than 2 GB")
+    with explained(path), np.load(path, allow_pickle=False) as file:
+        check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
         same = recorded.split("-v")[0] == wanted.split("-v")[0]
         check(same, f"demonstrations of {recorded}, expected {wanted}")
@@ -374,34 +368,31 @@ def load_demos(args):
             "episode_starts": (bool, (size,)),
             "terminated": (bool, starts.shape),
         }
-        arrays = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
+        data = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
         for name, (kind, shape) in expected.items():
-            found = arrays[name].dtype, arrays[name].shape
+            found = data[name].dtype, data[name].shape
             fits = np.can_cast(found[0], kind, "same_kind") and found[1] == shape
             check(fits, f"{name}: {found[0]} {found[1]}, expected {np.dtype(kind)} {shape}")
-            arrays[name] = arrays[name].astype(kind)
-        check(np.isfinite(arrays["observations"]).all(), "observations that are NaN or infinite")
-        inside = (low <= arrays["actions"]) & (arrays["actions"] <= high)
+            data[name] = data[name].astype(kind)
+        check(np.isfinite(data["observations"]).all(), "observations that are NaN or infinite")
+        inside = (low <= data["actions"]) & (data["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
         check(0 in starts, "no episode starts in the first row, expected one")
-        many = args.num_demos
-        check(many <= len(starts), f"{len(starts)} episodes, expected --num-demos {many}")
+        check(args.num_demos <= len(starts), f"--num-demos {args.num_demos} of {len(starts)}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
-    names = ("observations", "actions", "rewards", "terminated")
-    columns = [np.split(arrays[name], starts[1:]) for name in names[:3]]
-    episodes = [dict(zip(names, x)) for x in zip(*columns, arrays["terminated"].tolist())]
-
-    cut = len(episodes) - HELD_OUT * (len(episodes) >= many + HELD_OUT)
-    rng = np.random.default_rng(args.seed)
-    chosen = [dict(episodes[i]) for i in rng.permutation(cut)[:many]]
-    for episode in chosen:
-        length = len(episode["actions"])
+    names = ("observations", "actions", "rewards")
+    columns = [np.split(data[name], starts[1:]) for name in names]
+    episodes = [dict(zip(names, x)) for x in zip(*columns)]
+    cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
+    rng, chosen = np.random.default_rng(args.seed), []
+    for i in rng.permutation(cut)[: args.num_demos]:
+        length = len(episodes[i]["actions"])
         kept = args.num_pairs or length
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
-        episode.update({k: episode[k][rows] for k in ("observations", "actions")})
-        episode["ends"] = episode["terminated"] * kept / length
+        chosen.append({name: column[rows] for name, column in episodes[i].items()})
+        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
     return chosen, episodes[:cut], episodes[cut:]
 
 
@@ -412,41 +403,20 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(array, device=device) for array in arrays]
 
 
-class SideBySide:
-    """Single environments with a vector's interface. One whose episode is over rests, so that an
-    evaluation costs no more steps than its episodes have."""
+class OneEpisode(gym.Wrapper):
+    """After the end of its episode an environment rests, until a seed begins another one."""
 
-    def __init__(self, env_id, num_envs, videos=None):
-        settings = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if videos else {})}
-        self.envs = [gym.make(env_id, **settings) for _ in range(num_envs)]
-        if videos:
-            named = enumerate(self.envs)
-            self.envs = [RecordVideo(env, f"{videos}/{i}", disable_logger=True) for i, env in named]
-        self.action_space = batch_space(self.envs[0].action_space, num_envs)
-        self.observations = np.zeros((num_envs, *self.envs[0].observation_space.shape), np.float32)
-        self.running = np.zeros(num_envs, bool)
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.over, (self.last, _) = False, self.env.reset(seed=seed)
+        return self.last, {}
 
-    def begin(self, i, seed):
-        self.observations[i], _ = self.envs[i].reset(seed=seed)
-        self.running[i] = True
-
-    def reset(self, seed):
-        for i in range(len(self.envs)):
-            self.begin(i, seed + i)
-        return self.observations.copy(), {}
-
-    def step(self, actions):
-        rewards, success = np.zeros((2, len(self.envs)))
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
-        for i in np.flatnonzero(self.running):
-            after, rewards[i], terminated[i], truncated[i], info = self.envs[i].step(actions[i])
-            self.observations[i], success[i] = after, info.get("is_success", np.nan)
-        self.running &= ~(terminated | truncated)
-        return self.observations.copy(), rewards, terminated, truncated, {"is_success": success}
-
-    def close(self):
-        for env in self.envs:
-            env.close()
+    def step(self, action):
+        if self.over:
+            return self.last, 0.0, False, False, {}
+        self.last, reward, terminated, truncated, info = self.env.step(action)
+        self.over = terminated or truncated
+        return self.last, reward, terminated, truncated, info
 
 
 def play(act, env_id, episodes, seed, videos=None):
@@ -454,13 +424,21 @@ def play(act, env_id, episodes, seed, videos=None):
 
     `act` maps observations to actions, one row for each environment; None acts at random. They are
     filmed if `videos` is a folder."""
+
+    def make():
+        settings = {"render_mode": "rgb_array"} if videos else {}
+        env = gym.make(env_id, disable_env_checker=True, **settings)
+        if videos:
+            env = RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
+        return OneEpisode(env)
+
+    at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
     vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
         at_once = min(episodes, 500)
         envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
     else:
-        at_once = min(episodes, 5)  # some simulators take 30 MB each
-        envs = SideBySide(env_id, at_once, videos)
+        envs = SyncVectorEnv([make] * at_once)
     played = []
     while len(played) < episodes:
         envs.action_space.seed(seed + len(played))
@@ -480,15 +458,28 @@ def play(act, env_id, episodes, seed, videos=None):
     return played[:episodes]
 
 
+def evaluation_episodes(act, args, env_id, final=False):
+    """--eval-episodes of them; for the final evaluation five times as many, on other seeds."""
+    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
+    return play(act, env_id, args.eval_episodes * (5 if final else 1), seed)
+
+
+def film(policy, env_id, folder):
+    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
+    with explained("--capture-video"):
+        play(policy.act, env_id, 3, EVALUATION_SEEDS, folder / "videos")
+
+
 def statistics(episodes):
-    with np.errstate(all="ignore"):  # rewards may be infinite
-        returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-        result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result["length_mean"] = float(np.mean([len(episode["rewards"]) for episode in episodes]))
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
+    result = {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
+        "episodes": len(episodes),
+    }
     success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
-    if not np.isnan(success):  # the task tells it
-        result["success_rate"] = float(success)
-    return {**result, "episodes": len(episodes)}
+    return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
 
 def describe(result):
@@ -537,27 +528,18 @@ def judge(curve, random, expert, learner):
 
 def draw(summary, path):
     """The learning curve, with expert and random. A run without a picture is still good."""
-    try:
+    with contextlib.suppress(Exception):  # MPLBACKEND, fonts: faults of the surroundings
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes, curve = figure.subplots(), summary["curve"]
+        figure, curve = Figure(figsize=(6, 3.6), layout="constrained"), summary["curve"]
+        axes = figure.subplots()
         steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
-        axes.plot(steps, returns, "o-", markersize=3, label="learner")
+        axes.plot(steps, returns, "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):
             axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
-        title = f"{SCRIPT} on {summary['args']['env_id']}, seed {summary['args']['seed']}"
-        axes.set(xlabel="steps", ylabel="mean return of an episode", title=title)
+        axes.set(xlabel="steps", ylabel="mean return of an episode", title=path.parent.name)
         axes.legend()
-        write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    except Exception as error:  # MPLBACKEND, fonts: faults of the surroundings
-        say(f"{path.name} could not be drawn: {error}")
-
-
-def film(policy, env_id, folder):
-    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
-    with explained("--capture-video"):
-        play(policy.act, env_id, 3, EVALUATION_SEEDS, str(folder / "videos"))
+        write(path, figure)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -570,7 +552,7 @@ class Run:
     kept = ("steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        self.args, self.began, Run.active = args, time.perf_counter(), None
+        self.args, self.clock, Run.active = args, time.perf_counter(), None
         plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
         vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
         self.sizes = sizes(args.env_id)
@@ -599,27 +581,27 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
-        write_json(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
+        write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
         hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        self.setup_seconds = time.perf_counter() - self.began
-        self.clock = time.perf_counter() - self.seconds
+        began, self.clock = self.clock, time.perf_counter()
+        self.setup_seconds = self.clock - began
         Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
         state = {name: getattr(self, name) for name in self.kept}
         state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.checkpoint, lambda file: torch.save(state, file))
+        write(self.checkpoint, state)
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
         """End an iteration: log it; evaluate, save and stop when due. Raises Failed on a NaN."""
-        args, now = self.args, self.steps
-        self.seconds = time.perf_counter() - self.clock
+        args, now, began = self.args, self.steps, time.perf_counter()
+        self.seconds += began - self.clock  # neither evaluating nor saving counts
         for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
                 raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
@@ -629,28 +611,22 @@ class Run:
         cheap = args.eval_every or self.eval_seconds < self.seconds / 5
         due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
-            self.evaluate(policy, scalars)
-        if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
+            result = statistics(evaluation_episodes(policy.act, args, args.env_id))
+            for name in {"return_mean", "return_std", "success_rate"} & {*result}:
+                self.log.add_scalar(f"eval/{name}", result[name], now)
+            self.curve.append({"steps": now, "wall_seconds": self.seconds, **result, **scalars})
+            saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
+            saved |= {"settings": policy.settings, "weights": policy.state_dict()}
+            write(self.folder / "policy.pt", saved)
+            self.bar.clear()
+            say(f"{now:>9,} steps  {describe(result)}")
+            self.eval_seconds += time.perf_counter() - began
+        if due or Run.stopped_by or began - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
-        self.clock = time.perf_counter() - self.seconds  # neither evaluating nor saving counts
-
-    def evaluate(self, policy, scalars):
-        """Play --eval-episodes; keep, log and print the result; write policy.pt."""
-        began, args = time.perf_counter(), self.args
-        seed = EVALUATION_SEEDS + 10_000 * args.seed
-        result = statistics(play(policy.act, args.env_id, args.eval_episodes, seed))
-        for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-            self.log.add_scalar(f"eval/{name}", result[name], self.steps)
-        self.curve.append({"steps": self.steps, "wall_seconds": self.seconds, **result, **scalars})
-        saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
-        saved |= {"settings": policy.settings, "weights": policy.state_dict()}
-        write(self.folder / "policy.pt", lambda file: torch.save(saved, file))
-        self.bar.clear()
-        say(f"{self.steps:>9,} steps  {describe(result)}")
-        self.eval_seconds += time.perf_counter() - began
+        self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
         """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
@@ -658,22 +634,24 @@ class Run:
         self.bar.close()
         self.log.close()
         samples = {
-            "random": final_episodes(None, args, args.env_id),
+            "random": evaluation_episodes(None, args, args.env_id, final=True),
             "expert": self.not_held_out,
-            "learner": final_episodes(policy.act, args, args.env_id),
+            "learner": evaluation_episodes(policy.act, args, args.env_id, final=True),
         }
         results = {name: statistics(episodes) for name, episodes in samples.items()}
         results["expert"] = statistics(self.not_held_out + self.held_out)
         for name, distance in occupancy_distances(self.held_out, samples).items():
             results[name]["occupancy_distance"] = distance
+            say(f"{name:8}{describe(results[name])}")
+        if not self.held_out:
+            say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         solved, verdict = judge(self.curve, **results)
         verdict = verdict if solved or not advice else f"{verdict}; {advice}"
-        versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
         pairs = sum(len(episode["actions"]) for episode in self.demos)
         summary = {
             "script": SCRIPT,
             "args": vars(args),
-            "versions": {**versions, "python": platform.python_version()},
+            "versions": {module.__name__: module.__version__ for module in (torch, gym, np)},
             **results,
             "wall_seconds": self.seconds,
             "setup_seconds": self.setup_seconds,
@@ -684,21 +662,12 @@ class Run:
             "curve": self.curve,
             "verdict": verdict,
         }
-        write_json(folder / "summary.json", summary)
+        write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        for name, result in results.items():
-            say(f"{name:8}{describe(result)}")
-        if not self.held_out:
-            say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         say(f"verdict {verdict}\nrun     {folder}")
         if args.capture_video:
             film(policy, args.env_id, folder)
         return summary
-
-
-def final_episodes(act, args, env_id):
-    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000
-    return play(act, env_id, 5 * args.eval_episodes, seed)
 
 
 def evaluate_file(args):
@@ -708,16 +677,15 @@ def evaluate_file(args):
     sizes(env_id)
     torch.manual_seed(args.seed)
     policy.to(args.device)
-    results = {}
+    folder, results = Path(args.out or Path(args.evaluate).parent), {}
     for name in ("greedy", "sampled"):
         act = functools.partial(policy.act, sample=name == "sampled")
         with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = statistics(final_episodes(act, args, env_id))
+            results[name] = statistics(evaluation_episodes(act, args, env_id, final=True))
         say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
-    folder = Path(args.out or Path(args.evaluate).parent)
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", results)
+        write(folder / "evaluation.json", results)
     if args.capture_video:
         film(policy, env_id, folder)
 
@@ -738,6 +706,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
+    np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)
         evaluate_file(args) if args.evaluate else train(args)

@@ -89,9 +89,9 @@ def environment(**changes):
 
 SMALL = "--hidden 8 --batch-size 16"
 GAIL = "--hidden 8 --num-envs 3 --num-steps 16 --epochs 2 --discriminator-updates 3 --schedule 480"
-OTHER = "--policy-gradient reinforce --reward airl --absorbing yes --bc-updates 2"
+OTHER = "--policy-gradient reinforce --reward airl --absorbing yes --bc-weight 1"
 RACE = "--hidden 8 --num-envs 2 --num-steps 32 --epochs 2 --discriminator-updates 3"
-ASKING = f"{SMALL} --critic-hidden 8 --num-envs 2 --switch 12 --validation-episodes 4"
+ASKING = "--hidden 8 --critic-hidden 8 --num-envs 2 --switch 12"
 ASKING += " --critic-updates 3 --policy-updates 3"
 BC = Case("bc_cartpole", "Toy-v0", SMALL, 100)
 PPO = Case("gail_cartpole", "Toy-v0", GAIL, 48)
@@ -99,7 +99,7 @@ REINFORCE = Case("gail_cartpole", "ToyBox-v0", f"{GAIL} {OTHER}", 48)
 OFFLINE = Case("gail_offline_cartpole", "Toy-v0", SMALL, 100)
 RACECAR = [Case(f"gail_racecar_{x}", "RaceCar-v0", RACE, 64) for x in ("ppo", "reinforce")]
 AGGREVATED = Case("aggrevated_bipedal", "ToyBox-v0", ASKING, 1)
-DAGGER = Case("aggrevated_bipedal", "ToyBox-v0", f"{ASKING} --algorithm dagger --standardize", 1)
+DAGGER = Case("aggrevated_bipedal", "ToyBox-v0", f"{ASKING} --algorithm dagger", 1)
 WATCHING = [BC, PPO, OFFLINE, *RACECAR * PYBULLET]  # a case of each script with demonstrations
 CASES = [*WATCHING, REINFORCE, AGGREVATED, DAGGER]
 FEW = [case for case in CASES if case not in RACECAR[1:]]  # PyBullet is slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, environment
+from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, environment, expert
 from toys import demonstrations
 from written import checkpoint, read_json, same, weights
 
@@ -28,8 +28,8 @@ def complete(process):
 # --- a loss that is not finite, a disk that is full -----------------------------------------------
 
 BROKEN = {
-    REINFORCE: ["--policy-lr", 1e9, "--bc-updates", 0],
-    AGGREVATED: ["--critic-lr", 1e9, "--critic-updates", 500],
+    REINFORCE: ["--policy-lr", 1e9, "--bc-weight", 0],
+    AGGREVATED: ["--env-id", "toys:BlindBox-v0", "--expert", expert("BlindBox-v0")],
 }
 
 

@@ -14,10 +14,10 @@ from scripts import AGGREVATED, BC, PPO, demos, expert
 FLAGS = {
     PPO: ["--num-envs", "--num-steps", "--gamma", "--clip", "--reward", "--control", "--num-pairs"],
     BC: ["--batch-size", "--learning-rate", "--num-demos", "--demos", "--seed", "--env-id"],
-    AGGREVATED: ["--expert", "--noise", "--anchor", "--validation-episodes", "--switch"],
+    AGGREVATED: ["--expert", "--noise", "--anchor", "--caution", "--switch"],
 }
 COMMON = ["--out", "--resume", "--evaluate", "--device", "--eval-every", "--total-steps"]
-COSTLY = ("--total-steps", "--num-envs", "--num-steps", "--validation-episodes")
+COSTLY = ("--total-steps", "--num-envs", "--num-steps")
 NUMBERS = some.integers(-5, 40) | some.integers() | some.floats(-2, 2) | some.floats()
 LETTERS = some.characters(
     exclude_characters="/~.\0", exclude_categories=["Cs"]

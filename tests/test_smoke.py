@@ -31,7 +31,7 @@ TASKS = ["Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "Inver
 @pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)
 def test_the_default_task(case, tmp_path, monkeypatch, capsys):
     """From anywhere; the folder comes first, then a line per evaluation, then the result."""
-    short = ["--validation-episodes", 2, "--noise", 2, "--switch", 20] if case.queries else []
+    short = ["--noise", 2, "--switch", 20] if case.queries else []
     flags = [*case.flags.split(), *short, "--eval-episodes", 2, "--eval-every", case.every]
     monkeypatch.chdir(tmp_path)
     assert case.main(*flags, "--total-steps", 2 * case.every) == 0
@@ -71,7 +71,7 @@ def test_summary(case, finished):
             30 if (name, case.env_id[:4]) == ("expert", "Race") else many
         )
     assert summary["random"]["occupancy_distance"] == 1
-    assert {"python", "torch", "gymnasium", "numpy"} <= summary["versions"].keys()
+    assert {"torch", "gymnasium", "numpy"} <= summary["versions"].keys()
     steps = [point["steps"] for point in summary["curve"]]
     assert steps == [case.every * i for i in (1, 2, 3)] and summary["steps"] == steps[-1]
     assert all(

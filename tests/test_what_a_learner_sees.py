@@ -83,7 +83,7 @@ def test_no_seed_is_shared(case, wrap, tmp_path):
         assert None not in seeds
         trained |= {number for number in seeds if number < 1_000_000}
         ours = {number for number in seeds if number >= 1_000_000}
-        assert len(ours) == (14 if case.queries else 12)  # 2 or 4 to evaluate, 10 at the end
+        assert len(ours) == (30 if case.queries else 12)  # 20 or 2 to evaluate, 10 at the end
         assert not ours & evaluated
         evaluated |= ours
         steps += sum(n for number, n in Diary.pages if number < 1_000_000)
