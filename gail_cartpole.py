@@ -190,7 +190,8 @@ class Policy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...)."""
+    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...). The last number of
+    a pair is a flag: 1 for the absorbing state that follows an end, else 0."""
 
     def __init__(self, policy, hidden):
         super().__init__()
@@ -203,24 +204,26 @@ class Discriminator(nn.Module):
 
     def make_pairs(self, observations, actions):
         """What D sees: the observation, standardised; the action, one-hot or as it is executed;
-        and 0 for "not absorbing". (..., inputs), (..., action) -> (..., size of a pair)"""
+        and the flag. (..., inputs), (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
-    def absorbing_pair(self):
-        """The pair that stands for the state after an end: all 0, and 1 for the flag. (1, size)"""
-        weight = self.network[0].weight
-        return torch.eye(weight.shape[1], device=weight.device)[-1:]
+    def absorbing_pairs(self, pairs):
+        """What follows if these pairs are an episode's last: their observations, flagged. So D can
+        tell a crash from a landing. (..., size of a pair) twice"""
+        observations = pairs[..., : -1 - self.action_size]
+        return F.pad(F.pad(observations, (0, self.action_size)), (0, 1), value=1.0)
 
     def add_absorbing_pairs(self, pairs, ends, gamma):
-        """Add the absorbing pair 1 / (1 - gamma) times for each end: (n, size) -> (more, size).
+        """Add what follows each end, 1 / (1 - gamma) times: (n, size), (n,) bool -> (more, size).
 
         After an end the absorbing state lasts for ever. Discounted, that is as long as 1 + gamma +
         gamma^2 + ... = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once each.
-        DEVIATION from DAC (Kostrikov et al. 2019), which adds one pair for each end."""
-        rows = round(float(ends) / (1 - gamma))
-        return torch.cat([pairs, self.absorbing_pair().expand(rows, -1)])
+        DEVIATION from DAC (Kostrikov et al. 2019), which adds one pair for each end, and the same
+        for all."""
+        after = self.absorbing_pairs(pairs[ends])
+        return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -234,13 +237,13 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
 
-    The mask leaves out mixtures with an absorbing pair. That pair lies near the expert's mean pair:
-    the penalty would hold the two logits close together. -> ()"""
+    The mask leaves out mixtures of an absorbing pair with another: D may set the two apart as
+    sharply as it likes. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    unflagged = between[:, -1] == 0
-    return ((gradient.norm(dim=-1) - 1).square() * unflagged).mean()
+    alike = expert_pairs[:, -1] == policy_pairs[:, -1]
+    return ((gradient.norm(dim=-1) - 1).square() * alike).mean()
 
 
 def imitation_reward(logits, form):
@@ -438,13 +441,13 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     }
 
 
-def diagnose(scalars, args, absorbing, ends):
+def diagnose(scalars, args, absorbing, terminating):
     """What to advise if the run is not solved, from the last scalars that it logged.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, its reward is flat and low where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
-    if ends and not absorbing and args.reward == "gail" and args.control == "none":
+    if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
@@ -473,8 +476,9 @@ def train(args):
         actions = actions[torch.randperm(len(actions))]
     expert = observations, actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
-    ends = sum(episode["ends"] for episode in run.demos)  # how many of them terminate
-    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and ends > 0)
+    ends = torch.from_numpy(np.concatenate([episode["ends"] for episode in run.demos]))  # (pairs,)
+    terminating = bool(ends.any())
+    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and terminating)
     absorbing = absorbing and args.control != "constant-reward"  # which rewards without D
     if absorbing:
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
@@ -496,8 +500,8 @@ def train(args):
         pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
-            ends_here = batch["terminated"].sum()
-            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends_here, args.gamma)
+            ends = batch["terminated"].flatten()
+            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
 
         # 2. Train the discriminator.
         losses = {}
@@ -514,12 +518,10 @@ def train(args):
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            end_value = torch.zeros(1, device=args.device)
-            if absorbing:
-                end_logit = discriminator(discriminator.absorbing_pair())
-                end_value = imitation_reward(end_logit, args.reward)
+            after = discriminator(discriminator.absorbing_pairs(pairs))
+            end_values = absorbing * imitation_reward(after, args.reward)
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
-            next_values = next_values.where(~batch["terminated"], end_value)
+            next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
@@ -546,7 +548,7 @@ def train(args):
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average.module)
-    advice = diagnose(run.curve[-1], args, absorbing, ends) if run.curve else ""
+    advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average.module, advice)
 
 
@@ -695,8 +697,8 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
-    many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
+    after which pairs does the episode terminate?"""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
@@ -739,7 +741,7 @@ def load_demos(args):
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
+        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
     return chosen, episodes[:cut], episodes[cut:]
 
 

@@ -59,14 +59,14 @@ FAULTS = {  # name: the text, and what takes its place
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
-        "self.observations[i], success[i] = after, info",
-        "self.observations[i], success[i] = after + 0 * rewards[i], info",
+        "after[i], _, terminated[i], truncated[i], info = self.envs[i].step(action)",
+        "after[i], r, terminated[i], truncated[i], info = self.envs[i].step(action); after[i] += 0 * r",
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["digest"] == self.digest', "True"),
     "one pair for each end": (
-        "rows = round(float(ends) / (1 - gamma))",
-        "rows = round(float(ends))",
+        "after.repeat(round(1 / (1 - gamma)), 1)",
+        "after",
     ),
     "the average's weights": ("2 / (number + 2)", "1 / (number + 1)"),
     "the last policy is evaluated": (
