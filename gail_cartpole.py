@@ -23,8 +23,8 @@ Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient
 keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
 critic that fall; (4) the entropy bonus is that of the visited states, beside normalised advantages;
 (5) the mean of the policies' weights is kept, not the last policy; (6) other reward forms than the
-paper's (`gail`), and an absorbing state, as options; (7) cloning's loss beside PPO's: --bc-weight 0
-leaves it out.
+paper's (`gail`), and what follows an end is rewarded, too (--absorbing); (7) cloning's loss beside
+PPO's: --bc-weight 0 leaves it out.
 """
 
 # /// script
