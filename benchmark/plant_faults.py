@@ -59,8 +59,8 @@ FAULTS = {  # name: the text, and what takes its place
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
-        "after[i], _, terminated[i], truncated[i], info = self.envs[i].step(action)",
-        "after[i], r, terminated[i], truncated[i], info = self.envs[i].step(action); after[i] += 0 * r",
+        "after[i], _, terminated[i]",
+        "after[i], after[i, 0], terminated[i]",
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["digest"] == self.digest', "True"),
