@@ -113,7 +113,7 @@ class Standardise(nn.Module):
 
 class Policy(nn.Module):
     """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or fill [-1, 1]; to_env and from_env convert them.
+    from 0, or have the box as [-1, 1]; to_env (which clips) and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # of what exceeds LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))

@@ -70,7 +70,7 @@ from tqdm import tqdm
 from racecar_env import FINISH, FINISH_RADIUS
 
 SCRIPT = "gail_racecar_ppo"
-CLONED = 64  # pairs of the expert in one step of cloning
+CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
@@ -388,7 +388,7 @@ def update_policy(policy, critic, optimizer, batch, expert, args):
     def cloning_loss():
         if not args.bc_weight:
             return 0.0
-        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONED, *expert))
+        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
 
     observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -460,7 +460,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
     expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONED, *expert)))
+        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert)))
 
     while run.steps < args.total_steps:
         left = max(1 - run.steps / args.schedule, FINAL_LR)
