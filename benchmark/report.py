@@ -164,7 +164,9 @@ def compact_line(runs, goal, about):
     kept = [f"{name}: IQM [95 %]", "seeds solved", "steps to solved"]
     if "paired_differences" in first:
         kept = [f"{name}: IQM [95 %]", "expert", "learner - expert [95 %]", "seeds solved"]
-    line = {"what": ", ".join(filter(None, (about, first["variant"])))}
+    number = " demonstrations" if first["variant"] != "1" else " demonstration"
+    variant = first["variant"] + number * first["variant"].isdigit()
+    line = {"what": ", ".join(filter(None, (about, variant)))}
     line |= {heading: wide[heading] for heading in kept}
     distances = [run["learner"]["occupancy_distance"] for run in runs]
     if None not in distances and "paired_differences" not in first:
