@@ -33,8 +33,8 @@ LABELS = {  # of the picture of tasks, with colours that colour-blind readers te
     "tasks_gail": ("GAIL, the default", "#0072B2"),
 }
 ROWS = {  # what a compact table of several experiments calls each of them
-    "gail_cartpole": "PPO",
-    "gail_cartpole_reinforce": "REINFORCE, 500,000 steps",
+    "gail_cartpole": "200,000 steps",
+    "gail_cartpole_reinforce": "500,000 steps",
     "gail_cartpole_controls": "control",
     "gail_racecar_ppo": "the default",
     "gail_racecar_scratch": "GAIL alone",
@@ -166,7 +166,7 @@ def compact_line(runs, goal, about):
         kept = [f"{name}: IQM [95 %]", "expert", "learner - expert [95 %]", "seeds solved"]
     number = " demonstrations" if first["variant"] != "1" else " demonstration"
     variant = first["variant"] + number * first["variant"].isdigit()
-    line = {"what": ", ".join(filter(None, (about, variant)))}
+    line = {"what": ", ".join(filter(None, (variant, about)))}
     line |= {heading: wide[heading] for heading in kept}
     distances = [run["learner"]["occupancy_distance"] for run in runs]
     if None not in distances and "paired_differences" not in first:
@@ -183,7 +183,10 @@ def compact(names, page):
             line = compact_line(runs, load(name)["solved"], about)
             line["what"] += " (first version)" * (old and not all(first))
             lines.append(line)
-    commands = "`, `".join(dict.fromkeys(load(name)["command"] for name in names))
+    run = "python benchmark/run.py "
+    ours = [name for name in names if load(name)["command"] == run + name]
+    others = [load(name)["command"] for name in names if name not in ours]
+    commands = "`, `".join([run + " ".join(ours)] * bool(ours) + others)
     return f"{markdown(lines)}\n{made_by(commands, names, page)}"
 
 
