@@ -63,7 +63,7 @@ def anchors(page):
 def commands(page):
     """Its shell commands, and its Python, in their order; Python without shell between is one.
 
-    A command ends at two spaces; what follows says what it does and how long it takes."""
+    The comment behind a command says how long it takes and what it does."""
     found, fence, before = [], None, ""
     for line in page.read_text().splitlines():
         if line.startswith("```"):
@@ -73,7 +73,7 @@ def commands(page):
         elif fence == "python":
             found[-1][1] += line + "\n"
         elif fence or (line.startswith("    ") and (not before or before.startswith("    "))):
-            words = re.split(r" {2,}", line.strip())[0]
+            words = line.split("  #")[0].strip()
             found += [["shell", part] for part in words.split(" && ") if part]
         before = line
     return found
