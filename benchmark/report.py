@@ -1,12 +1,14 @@
-"""Put the results into the pages: tables of README.md and docs/*.md, figures into docs/figures.
+"""Put the results into the pages: README.md, docs/ and docs/studies/, and draw docs/figures.
 
     python benchmark/report.py            write them
     python benchmark/report.py --check    only name the pages that differ from the results
 
-A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
-between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run,
-or from benchmark/studies/; NAME+NAME puts them side by side. peers_*.json hold rows instead of
-runs: other libraries on the same demonstrations; a file with a `table` already has its rows.
+A page holds `<!-- table: NAME -->`, `<!-- compact: NAME -->` or `<!-- figure: NAME -->`, then
+`<!-- end -->`: what stands between them is made from benchmark/results/NAME.json, where run.py
+leaves the summary of every run, or from benchmark/studies/. `compact` has six columns, for the
+pages of the scripts; compact: NAME+NAME puts one experiment below the other, table: NAME+NAME side
+by side. peers_*.json hold rows instead of runs: other libraries on the same demonstrations; a file
+with a `table` already has its rows.
 `solved` in a file is what its experiment asks for; without it, the script's own rule holds.
 """
 
@@ -30,7 +32,30 @@ LABELS = {  # of the picture of tasks, with colours that colour-blind readers te
     "tasks_scratch": ("GAIL alone", "#009E73"),
     "tasks_gail": ("GAIL, the default", "#0072B2"),
 }
-BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROWS = {  # what a compact table of several experiments calls each of them
+    "gail_cartpole": "200,000 steps",
+    "gail_cartpole_reinforce": "500,000 steps",
+    "gail_cartpole_controls": "a control",
+    "gail_racecar_ppo": "the default",
+    "gail_racecar_scratch": "GAIL alone",
+    "gail_racecar_controls": "GAIL alone",
+    "gail_racecar_cloning": "cloning alone",
+    "aggrevated_bipedal_weak": "weak expert",
+    "aggrevated_bipedal_no_advantage": "weak expert",
+    "aggrevated_bipedal_good": "good expert",
+    "aggrevated_bipedal_hardcore": "hardcore course",
+}
+PLAIN = {  # headings and variants of older files, in plainer words
+    "places by 15": "places / 15",
+    "seed 5, gone on with": "seed 5, resumed",
+    "D refuses pairs of": "the policy's pairs that D was trained on",
+    "and a memory of earlier ones": "half of them from earlier rollouts",
+    "level of Q* by that of the cost-to-go": "level of Q* / level of the cost-to-go",
+    "their target follows by": "their target moves by",
+    "time by the limit": "time / limit",
+    "by the first version": "now / first version",
+}
+BLOCK = re.compile(r"(<!-- (table|compact|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def interquartile_mean(values):
@@ -104,7 +129,6 @@ def variant_line(runs, goal):
         "variant": runs[0]["variant"],
         f"{name}: IQM [95 %]": f"{interquartile_mean(values):.1f} [{low:.1f}, {high:.1f}]",
         "mean ± std": f"{values.mean():.1f} ± {values.std():.1f}",
-        "every seed": ", ".join(f"{value:.4g}" for value in values),
         "seeds solved": f"{len(runs) - at.count(None)} of {len(runs)}",
         f"{clock(runs[0])} to solved": median(steps),
         "seconds to solved": median(seconds, ".1f"),
@@ -118,7 +142,7 @@ def variant_line(runs, goal):
         line["occupancy distance: mean, median (expert's own)"] = both + floor
     if key == "success_rate":
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
-        line["episode's length by the expert's"] = median(laps, ".2f")
+        line["length / expert's"] = median(laps, ".2f")
     if "paired_differences" in runs[0]:
         line["random"] = f"{np.mean([run['random'][key] for run in runs]):.1f}"
         line["expert"] = f"{np.mean([run['expert'][key] for run in runs]):.1f}"
@@ -128,6 +152,39 @@ def variant_line(runs, goal):
             found = [run["curve"][-1][f"{tag}/held_out"] for run in runs]
             line[heading] = f"{np.mean(found):.3f}"
     return line
+
+
+def compact_line(runs, goal, about):
+    """One variant's line of a compact table, at most six columns; seconds without evaluation."""
+    wide, first = variant_line(runs, goal), runs[0]
+    _, name, _ = metric(runs)
+    kept = [f"{name}: IQM [95 %]", "seeds solved", "steps to solved"]
+    if "paired_differences" in first:
+        kept = [f"{name}: IQM [95 %]", "expert", "learner - expert [95 %]", "seeds solved"]
+    number = " demonstrations" if first["variant"] != "1" else " demonstration"
+    variant = first["variant"] + number * first["variant"].isdigit()
+    line = {"what": ", ".join(filter(None, (variant, about)))}
+    line |= {heading: wide[heading] for heading in kept}
+    distances = [run["learner"]["occupancy_distance"] for run in runs]
+    if None not in distances and "paired_differences" not in first:
+        line["distance"] = f"{np.median(distances):.3f}"
+    return {**line, "training, s": median([run["wall_seconds"] for run in runs])}
+
+
+def compact(names, page):
+    """One experiment below the other. If only some are the first version's, their lines say so."""
+    lines, first = [], ["commit" in load(name) for name in names]
+    for name, old in zip(names, first):
+        about = ROWS.get(name, "") if len(names) > 1 else ""
+        for runs in groups(load(name)["runs"], "variant").values():
+            line = compact_line(runs, load(name)["solved"], about)
+            line["what"] += " (first version)" * (old and not all(first))
+            lines.append(line)
+    run = "python benchmark/run.py "
+    ours = [name for name in names if load(name)["command"] == run + name]
+    others = [load(name)["command"] for name in names if name not in ours]
+    commands = "`, `".join([run + " ".join(ours)] * bool(ours) + others)
+    return f"{markdown(lines)}\n{made_by(commands, names, page)}"
 
 
 def paired_gain(runs):
@@ -165,7 +222,7 @@ def markdown(lines):
     headings = list(dict.fromkeys(heading for line in lines for heading in line))
     cells = [headings, ["---"] * len(headings)]
     cells += [[line.get(heading, "") for heading in headings] for line in lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return "".join(f"| {' | '.join(PLAIN.get(cell, cell) for cell in row)} |\n" for row in cells)
 
 
 def path_of(name):
@@ -181,7 +238,7 @@ def load(name):
 def made_by(command, names, page):
     """The line below a table. What was measured before the scripts' second version says so."""
     about = [load(name) for name in names]
-    first = " (first version)" * any("commit" in result for result in about)
+    first = " (first version)" * all("commit" in result for result in about)
     machine = f", on {about[0]['machine']}" if "machine" in about[0] else ""
     links = [f"[{name}.json]({os.path.relpath(path_of(name), page.parent)})" for name in names]
     return f"Made by `{command}`{machine}{first}; all runs: {', '.join(links)}.\n"
@@ -257,7 +314,7 @@ def fill(page):
     def block(match):
         opening, kind, name, end = match.groups()
         figure = os.path.relpath(picture(name), page.parent)
-        text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
+        text = f"![Learning curves: every seed thin, their mean without extremes thick]({figure})\n"
         if name.startswith("tasks_"):
             text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
         measured = any if name.startswith("tasks_") else all
@@ -265,6 +322,8 @@ def fill(page):
             text = "not measured yet\n"
         elif kind == "table":
             text = table(name, page)
+        elif kind == "compact":
+            text = compact(name.split("+"), page)
         return opening + text + end
 
     return BLOCK.sub(block, page.read_text())
@@ -279,7 +338,7 @@ def draw_curves(axes, runs):
     x = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
     middle = interquartile_mean(np.stack([np.interp(x, *curve) for curve in curves], -1))
     axes.plot(x, middle, color="tab:blue", linewidth=2.2)
-    axes.set(title=runs[0]["variant"], xlabel=unit)
+    axes.set(title=PLAIN.get(runs[0]["variant"], runs[0]["variant"]), xlabel=unit)
 
 
 def draw_sweep(axes, variants):
@@ -359,7 +418,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     check = parser.parse_args().check
-    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
     pages = [page for page in pages if page.exists()]
     figures = {m[3] for page in pages for m in BLOCK.finditer(page.read_text()) if m[2] == "figure"}
     stale = [page for page in pages if fill(page) != page.read_text()]
