@@ -43,7 +43,7 @@ TINY = {  # flags for a short run; a step of aggrevated_bipedal.py is an iterati
     "gail_racecar_reinforce": (500, "--eval-episodes 2"),
     "aggrevated_bipedal": (1, "--eval-episodes 2"),
 }
-SHORTER = "--num-envs 2 --switch 9 --critic-updates 2 --policy-updates 2 --validation-episodes 2"
+SHORTER = "--num-envs 2 --switch 9 --critic-updates 2 --policy-updates 2"
 
 
 def slug(heading):
