@@ -277,16 +277,17 @@ def tasks(names, page):
     lines = {}
     for name in names:
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
-            task, demos = variant.split(", ")
+            task, demos = variant.split(", ", 1)
             shares = np.array([share(run) for run in runs])
             low, high = bootstrap_interval(shares)
-            line = lines.setdefault((task, int(demos)), {"task": task, "demonstrations": demos})
+            line = lines.setdefault((task, demos), {"task": task, "demonstrations": demos})
             heading = name.split("_")[1]
             middle = interquartile_mean(shares)
             solved = f"{sum(shares >= 95)} of {len(shares)}"
             line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
     command = f"python benchmark/run.py {' '.join(names)}"
-    ordered = sorted(lines, key=lambda row: row[1])  # by demonstrations, tasks in the file's order
+    pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
+    ordered = sorted(lines, key=lambda row: (pairs in row[1], int(row[1].split()[0])))
     return f"{markdown(lines[row] for row in ordered)}\n{made_by(command, names, page)}"
 
 
