@@ -83,7 +83,7 @@ CONTROL_RATE = 20  # Hz
 STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right
 WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1
 
-VIEWS = {"close": (-2.0, -2.0, 2.6), "far": (-5.0, -5.0, 5.0)}  # from the ground below the car
+VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # from the ground below the car
 FIELD_OF_VIEW, WALL_COLOR = 60.0, (0.85, 0.35, 0.15, 1)
 CHECKS = [(13.68 + k % 5 * 0.26, 6.68 + k // 5 * 0.26, 0.005) for k in range(1, 25, 2)]
 MARKS = (  # on the ground: centre, half extents, colour; the finish is black with white checks
