@@ -221,7 +221,7 @@ def test_pictures_show_coins_until_they_are_taken_and_follow_the_car(make):
         red, green, blue = np.moveaxis(env.render().astype(int), 2, 0)
         return int(((red > 150) & (green > 110) & (blue < 60)).sum())
 
-    env = make(coin_reward=1, render_mode="rgb_array")
+    env = make(coin_reward=1, render_mode="rgb_array", view="far")  # all three coins in sight
     for _again in range(2):
         env.reset(seed=0)
         first, seen = env.render(), []
