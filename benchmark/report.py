@@ -23,14 +23,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
 FIGURES = ROOT / "docs" / "figures"
-LABELS = {  # of the picture of tasks, with colours that colour-blind readers tell apart
-    "tasks_cloning": ("cloning", "#E69F00"),
-    "tasks_scratch": ("GAIL alone", "#009E73"),
-    "tasks_gail": ("GAIL, the default", "#0072B2"),
+# Colours that colour-blind readers tell apart (Okabe and Ito's).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+STYLES = {"expert": "--", "solved": "-.", "random": ":"}
+WORDS = {  # what figures call a variant or an experiment
+    **{"gail": "-log(1 - D)", "airl": "log D - log(1 - D)", "logd": "log D"},
+    **{"ppo": "GAIL by PPO", "reinforce": "GAIL by REINFORCE", "tasks_cloning": "cloning"},
+    **{"tasks_scratch": "GAIL alone", "tasks_gail": "GAIL, the default"},
 }
 ROWS = {  # what a compact table of several experiments calls each of them
     "gail_cartpole": "200,000 steps",
@@ -315,7 +320,7 @@ def fill(page):
     def block(match):
         opening, kind, name, end = match.groups()
         figure = os.path.relpath(picture(name), page.parent)
-        text = f"![Learning curves: every seed thin, their mean without extremes thick]({figure})\n"
+        text = f"![{name}: learning curves, and where each seed ends]({figure})\n"
         if name.startswith("tasks_"):
             text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
         measured = any if name.startswith("tasks_") else all
@@ -330,88 +335,127 @@ def fill(page):
     return BLOCK.sub(block, page.read_text())
 
 
-def draw_curves(axes, runs):
-    """Learning curves: every seed thin, their interquartile mean thick."""
-    unit, (key, _, _) = clock(runs[0]), metric(runs)
-    curves = [([p[unit] for p in r["curve"]], [p[key] for p in r["curve"]]) for r in runs]
-    for curve in curves:
-        axes.plot(*curve, color="tab:blue", linewidth=0.7, alpha=0.5)
-    x = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
-    middle = interquartile_mean(np.stack([np.interp(x, *curve) for curve in curves], -1))
-    axes.plot(x, middle, color="tab:blue", linewidth=2.2)
-    axes.set(title=PLAIN.get(runs[0]["variant"], runs[0]["variant"]), xlabel=unit)
-
-
-def draw_sweep(axes, variants):
-    """The final return against the number of demonstrations, one point per seed."""
-    key, _, _ = metric(variants[0])
-    returns = [np.array([run["learner"][key] for run in runs]) for runs in variants]
-    for x, y in enumerate(returns):
-        axes.plot([x] * len(y), y, "o", color="tab:blue", alpha=0.4)
-    axes.plot([interquartile_mean(y) for y in returns], color="tab:blue", linewidth=2.2)
-    axes.set_xticks(range(len(variants)), [runs[0]["variant"] for runs in variants])
-    axes.set(title="at the end", xlabel="demonstrations")
-
-
 def picture(name):
     return FIGURES / ("tasks.png" if name.startswith("tasks_") else f"{name}.png")
 
 
-def draw_tasks(names, demos="4"):
-    """A row for each task: every seed's share a dot, their interquartile mean a bar, by colour."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes, ticks = figure.subplots(), {}
-    axes.axvline(100, color="gray", linestyle="--", linewidth=1)
-    axes.axvline(95, color="gray", linestyle=":", linewidth=1)
-    for k, name in enumerate(names):
-        label, color = LABELS[name]
-        for (variant,), runs in groups(load(name)["runs"], "variant").items():
-            task, number = variant.split(", ")
-            if number != demos:
-                continue
-            y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
-            shares = np.clip([share(run) for run in runs], -10, 120)
-            axes.plot(shares, [y] * len(shares), "o", color=color, markersize=3.5, alpha=0.6)
-            middle = interquartile_mean(shares)
-            axes.plot([middle] * 2, [y - 0.12, y + 0.12], color=color, linewidth=3, label=label)
-            label = None
-    axes.set_yticks(list(ticks.values()), list(ticks))
-    axes.set(
-        xlim=(-12, 122),
-        xlabel="share of the way from random to the expert, % (outside: at the edge)",
-    )
-    axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
-    axes.legend(loc="lower left")
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / "tasks.png", dpi=110, metadata={"Software": None})
+def words(variant):
+    """The name of a variant in a figure."""
+    first, *rest = variant.split(", ")
+    first = WORDS.get(first, first.replace("-", " "))
+    if first.isdigit():
+        first += " demonstration" + "s" * (first != "1")
+    return ", ".join([first, *rest])
+
+
+def draw_lines(line, values):
+    """line: axes.axhline or axes.axvline. values: {who: where}."""
+    for who, value in values.items():
+        line(value, color="gray", linestyle=STYLES[who], linewidth=1)
+
+
+def draw_row(axes, values, y, color):
+    """A dot for each seed, a bar at their interquartile mean."""
+    axes.plot(values, [y] * len(values), "o", color=color, markersize=4, alpha=0.6)
+    middle = interquartile_mean(np.array(values))
+    axes.plot(middle, y, "|", color=color, markersize=13, markeredgewidth=3)
+
+
+def draw_curves(axes, runs, color, width):
+    """Every seed thin, their interquartile mean thick. Return all that is drawn."""
+    (key, _, unit), x = metric(runs), clock(runs[0])
+    curves = [([p[x] for p in r["curve"]], [unit * p[key] for p in r["curve"]]) for r in runs]
+    for curve in curves:
+        axes.plot(*curve, color=color, linewidth=0.7, alpha=0.6)
+    steps = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
+    middle = interquartile_mean(np.stack([np.interp(steps, *curve) for curve in curves], -1))
+    axes.plot(steps, middle, color=color, linewidth=width)
+    return [value for _, values in curves for value in values]
+
+
+def draw_ends(axes, variants, lines):
+    """A row for each variant: its gain where the learner had the expert's starts, its return where
+    the variants are numbers of demonstrations, otherwise its distance from the expert."""
+    key, name, unit = metric(variants[0])
+    sweep = len(variants) > 1 and all(runs[0]["variant"][0].isdigit() for runs in variants)
+    ends = [[run["learner"]["occupancy_distance"] for run in runs] for runs in variants]
+    if "paired_differences" in variants[0][0]:
+        ends = [[np.mean(run["paired_differences"]) for run in runs] for runs in variants]
+        axes.set_xlabel("return at the end, less the expert's on the same starts")
+        lines = {"expert": 0}
+    elif sweep or any(None in row for row in ends):
+        ends = [[unit * run["learner"][key] for run in runs] for runs in variants]
+        axes.set_xlabel(f"{name} at the end")
+    else:
+        axes.set_xscale("symlog", linthresh=0.01)  # linear around 0
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("distance from the expert at the end")
+        axes.set_xlim(min(0, *map(min, ends)) - 0.001, 2 * max(1, *map(max, ends)))
+        lines = {"expert": 0, "random": 1}
+    draw_lines(axes.axvline, lines)
+    axes.set_yticks(range(0, -len(variants), -1), [words(runs[0]["variant"]) for runs in variants])
+    axes.set_ylim(0.5 - len(variants), 0.5)
+    for k, (row, label) in enumerate(zip(ends, axes.get_yticklabels())):
+        draw_row(axes, row, -k, COLORS[k])
+        label.set(color=COLORS[k], fontweight="bold")
 
 
 def draw(name):
-    """A panel for each variant; before them, where the variants count demonstrations, the sweep."""
-    runs = load(name)["runs"]
-    key, label, _ = metric(runs)
-    variants = list(groups(runs, "variant").values())
-    sweep = all(runs[0]["variant"][0].isdigit() for runs in variants)
-    panels = len(variants) + sweep
-    columns, rows = min(panels, 3), math.ceil(panels / 3)
-    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes in grid.flat[:panels]:
-        for who, style in (("expert", "--"), ("random", ":")):
-            known = [run[who][key] for run in runs if key in run[who]]
-            if known:
-                axes.axhline(np.mean(known), color="gray", linestyle=style, label=who)
-    for axes in grid.flat[panels:]:
-        axes.remove()
-    if sweep:
-        draw_sweep(grid[0, 0], variants)
-    for axes, variant in zip(grid.flat[sweep:], variants):
-        draw_curves(axes, variant)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(label.removesuffix(", %"))
-    grid[0, 0].legend(loc="center right")
+    """Left the learning curves, right where each seed ends; a colour for each variant."""
+    result = load(name)
+    variants = list(groups(result["runs"], "variant").values())
+    beside = name.replace("_controls", "_rewards")
+    if beside != name and path_of(beside).exists():  # GAIL itself, from as many steps
+        gail = [run for run in load(beside)["runs"] if run["variant"] == "gail"]
+        variants.insert(0, [run | {"variant": "GAIL itself"} for run in gail])
+    key, label, unit = metric(variants[0])
+    lines = {"solved": [result["solved"]]}
+    lines |= {who: [run[who].get(key) for run in variants[0]] for who in ("expert", "random")}
+    lines = {who: unit * np.mean(values) for who, values in lines.items() if None not in values}
+    figure = Figure(figsize=(9.5, 2.9 + 0.25 * max(0, len(variants) - 2)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [value for who, value in lines.items() if who != "random"]
+    for k, runs in enumerate(variants):
+        shown += draw_curves(left, runs, COLORS[k], 3.5 - 0.4 * k)  # so that none hides another
+    if lines.get("random", math.inf) < 2 * min(shown) - max(shown):  # it would flatten all else
+        del lines["random"]
+    draw_lines(left.axhline, lines)
+    draw_ends(right, variants, lines)
+    left.set_xlabel("updates" if name.startswith(("bc", "gail_offline")) else "environment steps")
+    left.set_ylabel(label.replace("success", "laps finished"))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+    save(figure, name, lines)
+
+
+def save(figure, name, lines):
+    """With a legend below it of what all figures have in common."""
+    look = {"one seed": {"linewidth": 0.7, "marker": "o", "markersize": 4}}
+    look["interquartile mean of the seeds"] = {"linewidth": 3}
+    look |= {who: {"color": "gray", "linestyle": STYLES[who], "linewidth": 1} for who in lines}
+    entries = [Line2D([], [], **{"color": "black", **how}, label=who) for who, how in look.items()]
+    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+
+
+def draw_tasks(names, demos="4"):
+    """A row for each task and script: how far each seed gets from random to the expert."""
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes, ticks = figure.subplots(), {}
+    draw_lines(axes.axvline, {"expert": 100, "solved": 95})
+    for k, (name, color) in enumerate(zip(names, COLORS)):
+        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+            task, number = variant.split(", ")
+            if number == demos:
+                y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
+                draw_row(axes, np.clip([share(run) for run in runs], -10, 120), y, color)
+        axes.plot([], [], linewidth=3, color=color, label=WORDS[name])
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    xlabel = "share of the way from random to the expert, % (outside: at the edge)"
+    axes.set(xlim=(-12, 122), xlabel=xlabel)
+    axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
+    axes.legend(loc="lower left")
+    save(figure, "tasks", ["expert", "solved"])
 
 
 def main():
