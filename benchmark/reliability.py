@@ -29,13 +29,12 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
 import test_converters as makers
 import torch
-from scripts import AGGREVATED, WATCHING, demos, expert
+from scripts import AGGREVATED, ROOT, WATCHING, demos, expert
 from test_bad_input import Payload
 from test_random_input import OTHER, places
 from written import same, weights
@@ -88,7 +87,7 @@ def stop_runs(case, how, count, folder):
     assert attempt(lambda: case.main(*argv)) == (0, [])
     length, never_stopped = time.perf_counter() - began, weights(folder)
     largest = max(file.stat().st_size for file in folder.iterdir())
-    stopped = ended = early = 0
+    stopped = ended = early = unheard = 0
     fitting = {"limit": 1, signal.SIGINT: 130, signal.SIGTERM: 143}.get(how, -signal.SIGKILL)
     while stopped < count:
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +96,10 @@ def stop_runs(case, how, count, folder):
             stop = None if stopped >= count else how
             plan = stop, rng.uniform(0.01, length), rng.randint(3_000, largest)
             status, lines = attempt(lambda x=flags: case.main(*x), *plan)
-            assert status in (0, fitting) and len(lines) == (status > 0), (flags, status, lines)
+            missed = status == 0 and "Exception ignored" in str(lines)  # by Python's own import
+            unheard += missed
+            expected = len(lines) == (status > 0) or missed
+            assert status in (0, fitting) and expected, (flags, status, lines)
             assert status < 128 or "stopped; go on with: " in lines[0], lines
             stopped += status != 0
             flags = ["--resume", folder]
@@ -107,7 +109,8 @@ def stop_runs(case, how, count, folder):
         assert same(weights(folder), never_stopped), f"{case}, {how}: other weights in {folder}"
         ended += 1
     ends = f"{ended} runs that ended with the uninterrupted run's bits"
-    return f"{stopped} stops, {ends}, {early} stopped before a checkpoint"
+    heard = f", {unheard} signals lost in Python's import" * bool(unheard)
+    return f"{stopped} stops, {ends}, {early} stopped before a checkpoint{heard}"
 
 
 def change_bytes(data, rng):
