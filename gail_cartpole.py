@@ -62,7 +62,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import RecordEpisodeStatistics, RecordVideo
+from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.nn import functional as F
@@ -177,7 +177,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.ascontiguousarray(observations, np.float32)
+        observations = np.array(observations, np.float32, order="C")
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -308,9 +308,9 @@ class Environments:
     was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
-        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        self.envs = [RecordEpisodeStatistics(env) for env in envs]
-        self.observations = np.zeros((num_envs, *envs[0].observation_space.shape), np.float32)
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+        shape = self.envs[0].observation_space.shape
+        self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
         self.seeds, self.actions = [None] * num_envs, [None] * num_envs
         self.reset()
 
@@ -321,10 +321,11 @@ class Environments:
     def begin(self, i, seed=None, actions=()):
         """A new episode; or the one of this seed, replayed to the last of these actions."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
-        self.seeds[i], self.actions[i] = seed, list(actions)
+        self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
         for action in actions:
-            self.observations[i], *_ = self.envs[i].step(action)
+            self.observations[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i] += reward
 
     def step(self, actions):
         """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
@@ -332,11 +333,11 @@ class Environments:
         after, ended = np.empty_like(self.observations), []
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
-            after[i], _, terminated[i], truncated[i], info = self.envs[i].step(action)
-            self.observations[i] = after[i]
+            after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)
+            self.observations[i], self.returns[i] = after[i], self.returns[i] + reward
             self.actions[i].append(action)
             if terminated[i] or truncated[i]:
-                ended.append((float(info["episode"]["r"]), int(info["episode"]["l"])))
+                ended.append((self.returns[i], len(self.actions[i])))
                 self.begin(i)
         return after, terminated, truncated, ended
 
@@ -364,6 +365,8 @@ def rollout(envs, policy, num_steps, device):
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
+        if not np.isfinite(observations).all():
+            raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
         *after, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), *after))
@@ -594,7 +597,7 @@ def explained(subject):
 
 def say(text, stream=None):
     """Print a line. A stream that is missing, closed or narrow must not end a run."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(Exception):
         print(text, file=stream, flush=True)
 
 
@@ -662,6 +665,7 @@ def write(path, content):
 def load(path):
     """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
     with explained(path):
+        check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
         with zipfile.ZipFile(path) as archive:
             check(archive.testzip() is None, "damaged, expected the file as it was written")
         saved = torch.load(path, weights_only=True, map_location="cpu")
@@ -686,16 +690,24 @@ def load_policy(path):
 
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
-    with explained(f"--env-id {env_id}"), gym.make(env_id) as env:
+    with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
         seen, taken = env.observation_space, env.action_space
         flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
         check(flat, f"observations {seen}, expected a flat Box of floats")
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            bounded = isinstance(taken, Box) and len(taken.shape) == 1 and taken.is_bounded()
-            check(bounded, f"actions {taken}, expected Discrete or a bounded, flat Box")
+            flat = isinstance(taken, Box) and len(taken.shape) == 1
+            bounded = flat and all(0 < width < math.inf for width in taken.high - taken.low)
+            fits = bounded and np.can_cast(np.float32, taken.dtype)
+            check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
+        first, _ = env.reset(seed=0)
+        following, reward, *_ = env.step(taken.sample())
+        found = np.array([first, following], np.float32)
+        sound = found.shape[1:] == seen.shape and np.isfinite(found).all()
+        check(sound, f"observations like {first}, expected finite ones of {seen}")
+        float(reward)  # raises if it is no number
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -708,7 +720,7 @@ def load_demos(args):
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
-    check(path.exists(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
+    check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
     with explained(path), np.load(path, allow_pickle=False) as file:
         check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
@@ -787,7 +799,7 @@ def play(act, env_id, episodes, seed, videos=None):
         return OneEpisode(env)
 
     at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
-    vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
+    vector = str(getattr(gym.registry.get(env_id.split(":")[-1]), "vector_entry_point", ""))
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
         at_once = min(episodes, 500)
         envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
@@ -832,7 +844,8 @@ def statistics(episodes):
         "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
         "episodes": len(episodes),
     }
-    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
+    last = [episode.get("is_success", [np.nan])[-1] for episode in episodes]
+    success = np.array(last, float).mean()
     return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
 
@@ -906,9 +919,11 @@ class Run:
     kept = ("steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        self.args, self.clock, Run.active = args, time.perf_counter(), None
-        plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
-        vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
+        self.args, self.clock = args, time.perf_counter()
+        Run.active, Run.training, Run.stopped_by = None, False, 0
+        with explained("settings"):  # NumPy's scalars and paths become plain values
+            plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
+            vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         self.demos, self.not_held_out, self.held_out = load_demos(args)
         arrays = tensors(self.demos) + (tensors(self.held_out) if self.held_out else [])
@@ -935,15 +950,15 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
+        Run.active, Run.training = self, True  # from now on a signal waits: files are written
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
-        hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
+        hidden = args.no_progress or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         began, self.clock = self.clock, time.perf_counter()
         self.setup_seconds = self.clock - began
-        Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
         state = {name: getattr(self, name) for name in self.kept}
@@ -1054,7 +1069,7 @@ def stop(number, frame):
 def main(argv=None):
     """Run the command line; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # no stream, or one of another kind
+        with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
             stream.reconfigure(errors="replace")
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)

@@ -140,7 +140,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.ascontiguousarray(observations, np.float32)
+        observations = np.array(observations, np.float32, order="C")
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -268,7 +268,7 @@ def explained(subject):
 
 def say(text, stream=None):
     """Print a line. A stream that is missing, closed or narrow must not end a run."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(Exception):
         print(text, file=stream, flush=True)
 
 
@@ -336,6 +336,7 @@ def write(path, content):
 def load(path):
     """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
     with explained(path):
+        check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
         with zipfile.ZipFile(path) as archive:
             check(archive.testzip() is None, "damaged, expected the file as it was written")
         saved = torch.load(path, weights_only=True, map_location="cpu")
@@ -360,16 +361,24 @@ def load_policy(path):
 
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
-    with explained(f"--env-id {env_id}"), gym.make(env_id) as env:
+    with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
         seen, taken = env.observation_space, env.action_space
         flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
         check(flat, f"observations {seen}, expected a flat Box of floats")
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            bounded = isinstance(taken, Box) and len(taken.shape) == 1 and taken.is_bounded()
-            check(bounded, f"actions {taken}, expected Discrete or a bounded, flat Box")
+            flat = isinstance(taken, Box) and len(taken.shape) == 1
+            bounded = flat and all(0 < width < math.inf for width in taken.high - taken.low)
+            fits = bounded and np.can_cast(np.float32, taken.dtype)
+            check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
+        first, _ = env.reset(seed=0)
+        following, reward, *_ = env.step(taken.sample())
+        found = np.array([first, following], np.float32)
+        sound = found.shape[1:] == seen.shape and np.isfinite(found).all()
+        check(sound, f"observations like {first}, expected finite ones of {seen}")
+        float(reward)  # raises if it is no number
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -382,7 +391,7 @@ def load_demos(args):
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
-    check(path.exists(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
+    check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
     with explained(path), np.load(path, allow_pickle=False) as file:
         check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
@@ -461,7 +470,7 @@ def play(act, env_id, episodes, seed, videos=None):
         return OneEpisode(env)
 
     at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
-    vector = str(gym.spec(env_id.split(":")[-1]).vector_entry_point)
+    vector = str(getattr(gym.registry.get(env_id.split(":")[-1]), "vector_entry_point", ""))
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
         at_once = min(episodes, 500)
         envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
@@ -506,7 +515,8 @@ def statistics(episodes):
         "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
         "episodes": len(episodes),
     }
-    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
+    last = [episode.get("is_success", [np.nan])[-1] for episode in episodes]
+    success = np.array(last, float).mean()
     return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
 
@@ -580,9 +590,11 @@ class Run:
     kept = ("steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        self.args, self.clock, Run.active = args, time.perf_counter(), None
-        plain = json.dumps(vars(args), default=lambda x: getattr(x, "item", x.__str__)())
-        vars(args).update(json.loads(plain))  # no NumPy scalars, no paths
+        self.args, self.clock = args, time.perf_counter()
+        Run.active, Run.training, Run.stopped_by = None, False, 0
+        with explained("settings"):  # NumPy's scalars and paths become plain values
+            plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
+            vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         self.demos, self.not_held_out, self.held_out = load_demos(args)
         arrays = tensors(self.demos) + (tensors(self.held_out) if self.held_out else [])
@@ -609,15 +621,15 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
+        Run.active, Run.training = self, True  # from now on a signal waits: files are written
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
-        hidden = args.no_progress or not (sys.stderr and sys.stderr.isatty())
+        hidden = args.no_progress or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         began, self.clock = self.clock, time.perf_counter()
         self.setup_seconds = self.clock - began
-        Run.active, Run.training, Run.stopped_by = self, True, 0
 
     def save(self):
         state = {name: getattr(self, name) for name in self.kept}
@@ -728,7 +740,7 @@ def stop(number, frame):
 def main(argv=None):
     """Run the command line; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # no stream, or one of another kind
+        with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
             stream.reconfigure(errors="replace")
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
