@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -74,6 +75,7 @@ DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "text": lambda path: path.write_text("not what you expect\n" * 9),
     "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "pickled": lambda path: path.write_bytes(pickle.dumps(Payload(path.parent), 2)),
     "object": lambda path: torch.save(Payload(path.parent), path),
     "list": lambda path: torch.save([1, 2], path),
