@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite(case, tmp_path, capsys):
 
 
 def test_an_observation_that_is_not_finite(tmp_path, capsys):
-    flags = ["--env-id", "Toy-v9", "--demos", demos("Toy-v0")]
+    flags = ["--env-id", "Growing-v0", "--demos", demos("Growing-v0")]
     assert PPO.main(*PPO.argv("--out", tmp_path / "run", *flags, iterations=200)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "observation" in line and checkpoint(tmp_path / "run")["steps"] == 0

@@ -70,7 +70,7 @@ REFUSED = {
     "NaN-v0": {"remembers": np.nan, "box": True},
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
-TOYS["Toy-v9"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
+TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
 TOYS |= {"Blind-v0": {"blind": True}, "BlindBox-v0": {"box": True, "blind": True}, **REFUSED}
 for name, settings in TOYS.items():
     gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
