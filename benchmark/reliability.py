@@ -42,7 +42,7 @@ from written import same, weights
 
 RESULT = ROOT / "benchmark" / "results" / "reliability.json"
 SIGNALS = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
-ITERATIONS, FILES, SECONDS = 12, 1_000, 120  # of a run; to damage; after that, something hangs
+FILES, SECONDS = 1_000, 120  # to damage; after that, something hangs
 
 
 def child(function, said, limit):
@@ -90,9 +90,10 @@ def shorten(module):
 
 def stop_runs(case, how, count, folder):
     shorten(case.module)
-    rng, argv = random.Random(f"{case} {how}"), case.argv("--out", folder, iterations=ITERATIONS)
+    rng, iterations = random.Random(f"{case} {how}"), min(12, 500 // case.every)
+    argv = case.argv("--out", folder, iterations=iterations)
     with contextlib.redirect_stdout(io.StringIO()):  # also, what it imports is there in the forks
-        never_stopped = case.run(folder, iterations=ITERATIONS)
+        never_stopped = case.run(folder, iterations=iterations)
     shutil.rmtree(folder)
     began = time.perf_counter()
     assert attempt(lambda: case.main(*argv)) == (0, [])
