@@ -464,8 +464,7 @@ def parse_args(argv=None):
         with explained(args.resume):
             parser.set_defaults(**(saved := saved["args"]))
         args = parser.parse_args(argv)
-        changed = {name for name in saved if getattr(args, name) != saved[name]}
-        fixed = changed - set(MAY_CHANGE.split())
+        fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
         check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
     return args
 
@@ -521,16 +520,14 @@ def sizes(env_id):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
             flat = isinstance(taken, Box) and len(taken.shape) == 1
-            bounded = flat and all(0 < width < math.inf for width in taken.high - taken.low)
-            fits = bounded and np.can_cast(np.float32, taken.dtype)
+            fits = flat and all(0 < width < math.inf for width in taken.high - taken.low)
+            fits = fits and np.can_cast(np.float32, taken.dtype)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        first, _ = env.reset(seed=0)
-        following, reward, *_ = env.step(taken.sample())
-        found = np.array([first, following], np.float32)
-        sound = found.shape[1:] == seen.shape and np.isfinite(found).all()
-        check(sound, f"observations like {first}, expected finite ones of {seen}")
-        float(reward)  # raises if it is no number
+        _, _ = env.reset(seed=0)
+        found, *_ = env.step(taken.sample())
+        sound = np.shape(found) == seen.shape and np.isfinite(found).all()
+        check(sound, f"an observation {found}, expected a finite one of {seen}")
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -586,7 +583,7 @@ def play(act, env_id, episodes, seed, videos=None):
             seen = observations.astype(np.float32)
             actions = act(seen) if act else envs.action_space.sample()
             observations, rewards, terminated, truncated, info = envs.step(actions)
-            success = info.get("is_success", np.full(at_once, np.nan))
+            success = np.array(info.get("is_success", [np.nan] * at_once), float)
             frames.append((running.copy(), seen, actions, rewards, terminated, success))
             running &= ~(terminated | truncated)
         lasted, *columns = (np.stack(column, 1) for column in zip(*frames))
@@ -616,8 +613,7 @@ def statistics(episodes):
         "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
         "episodes": len(episodes),
     }
-    last = [episode.get("is_success", [np.nan])[-1] for episode in episodes]
-    success = np.array(last, float).mean()
+    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
     return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
 
@@ -647,11 +643,10 @@ def occupancy_distances(held_out, samples):
 
     if not held_out:
         return dict.fromkeys(samples)
-    expert, distances = pairs(held_out), {}
+    expert, distance = pairs(held_out), squared_energy_distance
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    for name, episodes in samples.items():
-        distances[name] = squared_energy_distance(pairs(episodes) / unit, expert / unit)
-    return {name: distance / distances["random"] for name, distance in distances.items()}
+    found = {name: distance(pairs(x) / unit, expert / unit) for name, x in samples.items()}
+    return {name: distance / found["random"] for name, distance in found.items()}
 
 
 def judge(curve, random, expert, learner):
@@ -690,8 +685,7 @@ class Run:
     kept = ("steps", "env_steps", "seconds", "curve", "digest")  # in checkpoints
 
     def __init__(self, args):
-        self.args, self.clock = args, time.perf_counter()
-        Run.active, Run.training, Run.stopped_by = None, False, 0
+        self.args, self.clock, Run.active, Run.training = args, time.perf_counter(), None, False
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
@@ -733,7 +727,7 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
-        Run.active, Run.training = self, True  # from now on a signal waits: files are written
+        Run.active, Run.training, Run.stopped_by = self, True, 0  # from now on a signal waits
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.save()  # after SummaryWriter, which would recreate a deleted folder
@@ -833,7 +827,6 @@ def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
     env_id = args.env_id if args.env_id.endswith(f":{env_id}") else env_id
-    sizes(env_id)
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder, results = Path(args.out or Path(args.evaluate).parent), {}
@@ -874,10 +867,9 @@ def main(argv=None):
         say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        words = [sys.executable, *sys.argv]
-        if Run.active:
-            words[2:] = ["--resume", str(Run.active.folder)]
-        say(f"{SCRIPT}.py: stopped; go on with: {shlex.join(words)}", sys.stderr)
+        flags = ["--resume", str(Run.active.folder)] if Run.active else sys.argv[1:]
+        words = shlex.join([sys.executable, sys.argv[0], *flags])
+        say(f"{SCRIPT}.py: stopped; go on with: {words}", sys.stderr)
         return 128 + (Run.stopped_by or signal.SIGINT)
 
 

@@ -42,7 +42,7 @@ from written import same, weights
 
 RESULT = ROOT / "benchmark" / "results" / "reliability.json"
 SIGNALS = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
-ITERATIONS, FILES, SECONDS = 12, 1_000, 120  # of a run; to damage; after that, something hangs
+FILES, SECONDS = 1_000, 120  # to damage; after that, something hangs
 
 
 def child(function, said, limit):
@@ -77,15 +77,23 @@ def attempt(function, how=None, moment=None, size=None):
     process.join(SECONDS)
     process.kill()
     process.join()
-    return process.exitcode, said.read_text().splitlines()
+    lines = said.read_text().splitlines()
+    said.unlink()
+    return process.exitcode, lines
+
+
+def shorten(module):
+    """No picture, and two episodes in an evaluation: half of the time."""
+    module.draw = lambda *_: None
+    module.evaluation_episodes = lambda act, args, task, **_: module.play(act, task, 2, 0)
 
 
 def stop_runs(case, how, count, folder):
-    """Runs without a picture: it would take half of the time."""
-    case.module.draw = lambda *_: None
-    rng, argv = random.Random(f"{case} {how}"), case.argv("--out", folder, iterations=ITERATIONS)
+    shorten(case.module)
+    rng, iterations = random.Random(f"{case} {how}"), min(12, 500 // case.every)
+    argv = case.argv("--out", folder, iterations=iterations)
     with contextlib.redirect_stdout(io.StringIO()):  # also, what it imports is there in the forks
-        never_stopped = case.run(folder, iterations=ITERATIONS)
+        never_stopped = case.run(folder, iterations=iterations)
     shutil.rmtree(folder)
     began = time.perf_counter()
     assert attempt(lambda: case.main(*argv)) == (0, [])
@@ -189,6 +197,7 @@ def damage(path, load):
 def loading(case, kind, folder):
     """A good file of this kind, and what loads it. To save time, it does little more than that."""
     module, argv, path = case.module, case.argv("--out", folder / "new"), folder / f"{kind}.pt"
+    shorten(module)
     if kind in ("checkpoint", "policy"):
         with contextlib.redirect_stdout(io.StringIO()):
             case.run(folder, iterations=1)
@@ -201,7 +210,6 @@ def loading(case, kind, folder):
         argv += ["--expert" if kind == "expert" else "--demos", path]
 
     def load():
-        module.evaluation_episodes = lambda act, args, task, **_: module.play(act, task, 1, 0)
         where = {"checkpoint": "finish", "policy": "none"}.get(kind, "start")
         setattr(module.Run, where, lambda *_, **__: os._exit(0))  # it has loaded
         return case.main(*argv)
@@ -215,6 +223,7 @@ def converting(kind, folder):
     module, argv, path = makers.from_minari, ["toy"], folder / "toy" / "data" / kind
     if kind == "model.zip":
         module, argv, path = makers.convert, [kind, "--env-id", "Pendulum-v1"], folder / kind
+        argv += ["--episodes", "1"]
         makers.model(env="Pendulum-v1").save(path)
     else:
         makers.dataset()

@@ -29,10 +29,12 @@ takes a third of SAC's time.
 # ///
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -148,14 +150,15 @@ def make_env(env_id, least_reward=-np.inf):
     """The task, with observations as they are recorded: float32, whatever it gives."""
     try:
         env = gym.make(env_id, disable_env_checker=True)
-    except (gym.error.Error, ImportError) as error:
-        raise BadInput(f"{env_id}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a task may raise anything
+        raise BadInput(f"{env_id}: {' '.join(str(error).split())[:400]}") from None
     seen, done = env.observation_space, env.action_space
     flat = isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1
     check(flat, f"{env_id}: found observations {seen}, expected a flat Box")
     discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
     box = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.is_bounded()
-    kinds = "Discrete from 0 or a flat, bounded Box"
+    box = box and done.dtype.kind == "f"
+    kinds = "Discrete from 0 or a flat, bounded Box of floats"
     check(discrete or box, f"{env_id}: found actions {done}, expected {kinds}")
     space = gym.spaces.Box(seen.low.astype(np.float32), seen.high.astype(np.float32))
     env = gym.wrappers.TransformObservation(env, lambda x: x.astype(np.float32), space)
@@ -591,6 +594,9 @@ def complete(args):
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
+    args = None
+    with contextlib.suppress(ValueError):  # only a main thread may handle signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         args = parse_args(argv)
         torch.set_num_threads(1)
@@ -607,7 +613,8 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        print("train.py: stopped; --resume FOLDER goes on from its checkpoint", file=sys.stderr)
+        words = [sys.executable, sys.argv[0], "--resume", f"{args and args.out}"]
+        print(f"train.py: stopped; from its checkpoint: {shlex.join(words)}", file=sys.stderr)
         return 130
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -106,10 +107,10 @@ FEW = [case for case in CASES if case not in RACECAR[1:]]  # PyBullet is slow
 
 
 def demos(env_id):
-    """The path of its demonstrations; those of a task that hides rewards are the seeing one's."""
+    """The path of its demonstrations; those of a blind or a growing task are Toy's or ToyBox's."""
     path = FILES / f"{env_id}.npz"
     if not path.exists():
-        arrays = toys.demonstrations(env_id.replace("Blind", "Toy"))
+        arrays = toys.demonstrations(re.sub("Blind|Growing", "Toy", env_id))
         np.savez(path, **{**arrays, "metadata": json.dumps({"env_id": env_id})})
     return path
 

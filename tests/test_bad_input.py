@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -74,6 +75,7 @@ DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "text": lambda path: path.write_text("not what you expect\n" * 9),
     "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "pickled": lambda path: path.write_bytes(pickle.dumps(Payload(path.parent), 2)),
     "object": lambda path: torch.save(Payload(path.parent), path),
     "list": lambda path: torch.save([1, 2], path),
@@ -133,6 +135,7 @@ def bad_demonstrations():
         "no steps": ({k: good[k][:0] for k in good if k != "metadata"}, ""),
         "one episode too many": ({"terminated": np.ones(25, bool)}, ""),
         "another task": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
+        "a longer name": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
         "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 999})}, "x x"),
         "no task": ({"metadata": "{}"}, "env_id"),
         "a list": ({"metadata": "[]"}, ""),

@@ -30,7 +30,7 @@ WALKER = partial(gym.make, "BipedalWalker-v3", max_episode_steps=5)
 LOW, HIGH = np.float32([-3, 0, -1, 0.5]), np.float32([1, 2, 1, 2.5])
 WIDE = Box(LOW, np.float32(np.inf))
 gym.register("Converted-v0", lambda **_: RescaleAction(WALKER(), LOW, HIGH))
-gym.register("Unbounded-v0", lambda **_: TransformAction(WALKER(), None, WIDE))
+gym.register("WalkerUnbounded-v0", lambda **_: TransformAction(WALKER(), None, WIDE))
 
 
 class Payload:
@@ -129,7 +129,7 @@ BAD_MODELS = [  # the model; the task it is converted for; a word of the line
     ({"algorithm": PPO}, "Converted-v0", "ActorCriticPolicy"),
     ({"env": FRAMES}, "Converted-v0", "observations of shape (72,)"),
     ({}, "CarRacing-v3", "flat Box"),
-    ({}, "Unbounded-v0", "bounded"),
+    ({}, "WalkerUnbounded-v0", "bounded"),
     ({}, "None-v0", "--env-id None-v0"),
 ]
 BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the "weights"; a word

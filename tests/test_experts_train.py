@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -106,6 +107,12 @@ def test_a_stopped_run_goes_on(run, algorithm):
     assert run("--resume", "run", "--demos", "b.npz", "--total-steps", "192", "--sampled")[0] == 0
     with open("run/curve.json") as file:
         assert [point["steps"] // 64 for point in json.load(file)["curve"]] == [1, 2, 3]
+
+
+def test_the_command_after_a_signal_is_complete(run, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda args: signal.raise_signal(signal.SIGTERM))
+    status, line = run("Counting-v0", "--out", "a run")
+    assert status == 130 and line.endswith(" --resume 'a run'\n")
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "Counting-v0"])  # [-2, 2] and [-2, 6]

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, environment, expert
+from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, demos, environment, expert
 from toys import demonstrations
 from written import checkpoint, read_json, same, weights
 
@@ -41,6 +41,13 @@ def test_a_loss_that_is_not_finite(case, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     found = re.search(rf"losses/\w+ is (nan|-?inf) at step (\d+).*{folder}/checkpoint.pt", line)
     assert found and int(found[2]) > checkpoint(folder)["steps"]
+
+
+def test_an_observation_that_is_not_finite(tmp_path, capsys):
+    flags = ["--env-id", "Growing-v0", "--demos", demos("Growing-v0")]
+    assert PPO.main(*PPO.argv("--out", tmp_path / "run", *flags, iterations=200)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "observation" in line and checkpoint(tmp_path / "run")["steps"] == 0
 
 
 def limit_files(size):
@@ -126,29 +133,30 @@ def test_a_narrow_locale_a_wide_name_and_a_backend_that_is_none(tmp_path):
     assert read_json(folder / "summary.json")["verdict"]
 
 
-@pytest.mark.parametrize("stream", [None, io.StringIO, "closed"])
+class Tee:
+    """A stream that can do no more than write."""
+
+    def write(self, text):
+        pass
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO, Tee, "closed"])
 def test_other_streams(stream, tmp_path, finish, monkeypatch):
-    """A process without a console; a notebook's; one that is closed."""
+    """A process without a console; a notebook's; a program's own; one that is closed."""
     made = stream() if callable(stream) else stream
     if stream == "closed":
         made = io.TextIOWrapper(io.BytesIO())
         made.close()
     monkeypatch.setattr(sys, "stdout", made)
     monkeypatch.setattr(sys, "stderr", made)
-    module = BC.module
-    module.train(module.parse_args(BC.argv("--out", tmp_path / "run")))
-    assert same(weights(tmp_path / "run"), weights(finish(BC)))
+    argv = BC.argv("--out", tmp_path / "run")
+    argv.remove("--no-progress")
+    assert BC.main(*argv) == 0 and same(weights(tmp_path / "run"), weights(finish(BC)))
 
 
 def test_a_name_in_another_encoding(tmp_path):
     """In Latin-1, as the file system has it; Python hides such bytes in surrogates."""
     assert BC.main(*BC.argv("--out", tmp_path / "caf\udce9")) in (0, 1, 2)
-
-
-def test_main_where_a_stream_cannot_be_reconfigured(tmp_path):
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
-        assert BC.main(*BC.argv("--out", tmp_path / "run")) == 0
-    assert "verdict" in out.getvalue()
 
 
 @pytest.mark.parametrize("case", [BC, PPO, AGGREVATED], ids=str)
@@ -174,6 +182,15 @@ def test_numpys_scalars_and_paths(finish, tmp_path):
     BC.module.train(args)
     assert same(weights(tmp_path / "run"), weights(finish(BC)))
     assert same(BC.resume(tmp_path / "run"), weights(finish(BC)))
+
+
+@pytest.mark.parametrize("value", [Decimal(1), np.zeros(2), {1, 2}, float("nan")])
+def test_settings_that_no_file_holds(value, tmp_path):
+    args = BC.module.parse_args(BC.argv("--out", tmp_path / "run"))
+    args.learning_rate = value
+    with pytest.raises(BC.module.BadInput, match="settings"):
+        BC.module.train(args)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)

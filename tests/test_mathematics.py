@@ -130,6 +130,9 @@ def test_a_policy_over_discrete_actions():
     assert torch.allclose(loss, F.cross_entropy(logits, taken), atol=1e-6)
     assert policy.act(seen.numpy()).tolist() == (logits.argmax(-1) + 1).tolist()
     assert {1, 2, 3, 4} == set(policy.act(np.zeros((500, 3)), sample=True))
+    frozen = np.broadcast_to(np.float32([1, 2, 3]), (2, 3))  # cannot be written to
+    for other in (frozen, frozen.astype(int)[::-1], [[1, 2, 3]] * 2, np.asfortranarray(frozen)):
+        assert (policy.act(other) == policy.act(frozen[0])).all()
     assert torch.equal(policy.from_env(torch.as_tensor(policy.to_env(taken))), taken)
 
 

@@ -3,7 +3,7 @@
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
 one of them constant; rewards that are NumPy's; actions that are counted from 1, or a box with other
-bounds than [-1, 1].
+bounds than [-1, 1]; entries of info that others use as well.
 """
 
 import json
@@ -33,7 +33,8 @@ class Toy(gym.Env):
         assert action in self.action_space, action
         push = float(action[0] + action[1] - 1 if self.box else action - 2)
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
-        reward, info = (np.nan, {}) if self.blind else (1 - abs(self.x), {"x": self.x})
+        info = {"x": self.x, "episode": None, "is_success": None}
+        reward, info = (np.nan, {}) if self.blind else (1 - abs(self.x), info)
         return np.array([self.x, push, 7.0]), reward, bool(abs(self.x) > 1), False, info
 
 
@@ -61,8 +62,15 @@ REFUSED = {
     "Many-v0": {"action_space": MultiDiscrete([2, 3])},
     "Unbounded-v0": {"action_space": Box(-np.inf, 1, (2,))},
     "Matrix-v0": {"action_space": Box(-1, 1, (2, 2))},
+    "Integers-v0": {"action_space": Box(-1, 1, (2,), np.int64)},
+    "Half-v0": {"action_space": Box(-1, 1, (2,), np.float16)},
+    "Narrow-v0": {"action_space": Box(np.float32([-1, 0]), np.float32([1, 0]))},
+    "Huge-v0": {"action_space": Box(-3e38, 3e38, (2,))},
+    "Short-v0": {"observation_space": Box(-1, 1, (4,))},  # it gives three
+    "NaN-v0": {"remembers": np.nan, "box": True},
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
+TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
 TOYS |= {"Blind-v0": {"blind": True}, "BlindBox-v0": {"box": True, "blind": True}, **REFUSED}
 for name, settings in TOYS.items():
     gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
