@@ -865,7 +865,9 @@ def draw(summary, path):
         axes.plot(steps, returns, "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):
             axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
-        axes.set(xlabel="steps", ylabel="mean return of an episode", title=path.parent.name)
+        axes.set(
+            xlabel="steps", ylabel="mean return of an episode", title=summary["args"]["env_id"]
+        )
         axes.legend()
         write(path, figure)
 
