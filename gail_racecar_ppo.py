@@ -667,8 +667,7 @@ def sizes(env_id):
             fits = fits and np.can_cast(np.float32, taken.dtype)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        _, _ = env.reset(seed=0)
-        found, *_ = env.step(taken.sample())
+        (_, _), (found, *_) = env.reset(seed=0), env.step(taken.sample())
         sound = np.shape(found) == seen.shape and np.isfinite(found).all()
         check(sound, f"an observation {found}, expected a finite one of {seen}")
         return {"inputs": seen.shape[0], "low": low, "high": high}
@@ -801,12 +800,9 @@ def film(policy, env_id, folder):
 
 def statistics(episodes):
     returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    result = {
-        "return_mean": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "length_mean": float(np.mean([len(episode["rewards"]) for episode in episodes])),
-        "episodes": len(episodes),
-    }
+    lengths = [len(episode["rewards"]) for episode in episodes]
+    result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes)}
     success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
     return result if np.isnan(success) else {**result, "success_rate": float(success)}
 
@@ -865,7 +861,7 @@ def draw(summary, path):
         axes.plot(steps, returns, "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):
             axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
-        axes.set(xlabel="steps", ylabel="mean return of an episode", title=path.parent.name)
+        axes.set(xlabel="steps", ylabel="mean return", title=summary["args"]["env_id"])
         axes.legend()
         write(path, figure)
 

@@ -97,6 +97,7 @@ def places(content, path=()):
         yield from places(content[key], (*path, key))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of networks without a neuron
 @pytest.mark.parametrize("kind", FILES)
 def test_any_change_to_what_torch_wrote(kind, example, finish, tmp_path, capsys, long):
     """A value is replaced or removed somewhere in it. A checkpoint that loads takes time."""
