@@ -708,6 +708,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite
     try:
