@@ -40,6 +40,7 @@ cloning's loss beside PPO's: --bc-weight 0 leaves it out.
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -615,13 +616,14 @@ def parse_args(argv=None):
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    file = io.BytesIO()  # on a full disk torch.save would hide the OSError
+    if path.suffix == ".json":
+        content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        file.write(json.dumps(content, indent=2).encode())
+    else:
+        torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
     try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".json":
-                content = json.loads(json.dumps(content), parse_constant=lambda name: None)
-                file.write(json.dumps(content, indent=2).encode())
-            else:
-                torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
+        temporary.write_bytes(file.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1029,6 +1031,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite
     try:

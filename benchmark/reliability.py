@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,7 @@ def change_meaning(path, rng):
 
 
 def damage(path, load):
+    warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of networks without a neuron
     good, unnoticed, longest = path.read_bytes(), 0, 0.0
     for number in range(FILES):
         rng = random.Random(number)

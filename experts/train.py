@@ -129,6 +129,8 @@ def write(path, save):
         with open(temporary, "wb") as file:
             save(file)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, which hides a full disk's OSError
+        raise error.__context__ or error from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, demos, environment, expert
 from toys import demonstrations
 from written import checkpoint, read_json, same, weights
@@ -71,6 +72,18 @@ def test_a_full_disk(tmp_path, capsys):
     assert 2 <= steps < 60 and AGGREVATED.main("--resume", folder, "--total-steps", steps + 1) == 0
     again = AGGREVATED.run(tmp_path / "again", "--total-steps", steps + 1)
     assert same(weights(folder), again)
+
+
+def test_a_file_that_is_cut_anywhere_is_an_oserror(tmp_path):
+    soft, content = resource.getrlimit(resource.RLIMIT_FSIZE), {"x": torch.zeros(500)}
+    try:
+        for size in range(0, 3_000, 100):
+            limit_files(size)
+            with pytest.raises(OSError, match="too large"):
+                BC.module.write(tmp_path / "x.pt", content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)
