@@ -279,13 +279,14 @@ def share(run):
 def tasks(names, page):
     """A line for each task and number of demonstrations, a column for each experiment: the
     interquartile mean of the shares with its interval, and the seeds with 95 % and more."""
-    lines = {}
+    lines, columns = {}, {name.split("_")[1]: "" for name in names}
     for name in names:
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             task, demos = variant.split(", ", 1)
             shares = np.array([share(run) for run in runs])
             low, high = bootstrap_interval(shares)
-            line = lines.setdefault((task, demos), {"task": task, "demonstrations": demos})
+            line = {"task": task, "demonstrations": demos, **columns}
+            line = lines.setdefault((task, demos), line)
             heading = name.split("_")[1]
             middle = interquartile_mean(shares)
             solved = f"{sum(shares >= 95)} of {len(shares)}"
