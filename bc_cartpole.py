@@ -109,7 +109,7 @@ class Standardise(nn.Module):
 
 class Policy(nn.Module):
     """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or fill [-1, 1]; to_env and from_env convert them.
+    from 0, or have the box as [-1, 1]; to_env (which clips) and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -124,7 +124,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # of what exceeds LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -355,8 +355,8 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
-    many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
+    after which pairs does the episode terminate?"""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
@@ -399,7 +399,7 @@ def load_demos(args):
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
+        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
     return chosen, episodes[:cut], episodes[cut:]
 
 

@@ -11,8 +11,8 @@ Algorithm 1) repeats:
     python gail_cartpole.py                           the default run on CartPole: 15 seconds
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
-    python gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz     a task of yours; with uv:
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5 --demos hopper.npz
+    python gail_cartpole.py --env-id MyTask-v0 --demos mine.npz       a task of yours
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        the same, with uv
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
@@ -21,10 +21,10 @@ has the results.
 
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
-critic that fall; (4) the entropy bonus is that of the visited states, beside normalised advantages;
-(5) the mean of the policies' weights is kept, not the last policy; (6) other reward forms than the
-paper's (`gail`), and an absorbing state, as options; (7) cloning's loss beside PPO's: --bc-weight 0
-leaves it out.
+critic that fall; (4) the entropy bonus is not discounted, and stands beside normalised advantages;
+(5) the mean of the policies' weights is kept, not the last policy; (6) reward forms other than
+`gail`, the paper's, and a reward for what follows a termination (--absorbing); (7) cloning's loss
+beside the policy's: --bc-weight 0 leaves it out.
 """
 
 # /// script
@@ -72,9 +72,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"
-LEAST_STD = 0.1  # of a Gaussian: with less, log-probabilities, and so single pairs, weigh too much
-CLONED = 64  # pairs of the expert in one step of cloning
-FINAL_LR = 0.02  # policy's and critic's step sizes, and --bc-weight, fall to this over --schedule
+LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much
+CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
+FINAL_SHARE = 0.02  # of policy's and critic's step sizes, and --bc-weight: left after --schedule
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
@@ -89,28 +89,33 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
     flag("--schedule", type=number(int, 1), default=100_000, help="steps until step sizes are low")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=64, help="steps of each in a rollout")
+    flag("--num-steps", type=number(int, 3), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's first step size")
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
+    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one update")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
     flag("--bc-weight", type=number(float, 0), default=1.0, help="of cloning's loss; 0: pure GAIL")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "after an end: D's reward for ever, not 0; auto: yes if a demonstration terminates"
+    ends = "after a termination: D's reward for ever, not 0; auto: yes if a demonstration has one"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="a reward without the expert's lesson")
-    # The flags that all scripts share are there already. Those given by the user still win.
+    flag(
+        "--control",
+        choices=CONTROLS,
+        default="none",
+        help="a test: the reward hides the expert; add --bc-weight 0",
+    )
+    # Only defaults: a flag that the user gives still wins.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
 
@@ -146,7 +151,7 @@ class Standardise(nn.Module):
 
 class Policy(nn.Module):
     """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or fill [-1, 1]; to_env and from_env convert them.
+    from 0, or have the box as [-1, 1]; to_env (which clips) and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -161,7 +166,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # of what exceeds LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -191,7 +196,8 @@ class Policy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...)."""
+    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...). The last number of
+    a pair is a flag: 1 for the absorbing state that follows a termination, else 0."""
 
     def __init__(self, policy, hidden):
         super().__init__()
@@ -203,25 +209,26 @@ class Discriminator(nn.Module):
         return self.network(pairs).squeeze(-1)
 
     def make_pairs(self, observations, actions):
-        """What D sees: the observation, standardised; the action, one-hot or as it is executed;
-        and 0 for "not absorbing". (..., inputs), (..., action) -> (..., size of a pair)"""
+        """What D sees: the observation, standardised; the action, one-hot or clipped; and the flag.
+        (..., inputs), (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
-    def absorbing_pair(self):
-        """The pair that stands for the state after an end: all 0, and 1 for the flag. (1, size)"""
-        weight = self.network[0].weight
-        return torch.eye(weight.shape[1], device=weight.device)[-1:]
+    def absorbing_pairs(self, pairs):
+        """What follows if an episode terminates at these pairs: their observations, no action, the
+        flag. So D can tell a crash from a landing. (..., size of a pair) -> the same shape"""
+        observations = pairs[..., : -1 - self.action_size]
+        return F.pad(F.pad(observations, (0, self.action_size)), (0, 1), value=1.0)
 
-    def add_absorbing_pairs(self, pairs, ends, gamma):
-        """Add the absorbing pair 1 / (1 - gamma) times for each end: (n, size) -> (more, size).
+    def add_absorbing_pairs(self, pairs, terminated, gamma):
+        """Add what follows each termination: (n, size), (n,) bool -> (more, size).
 
-        After an end the absorbing state lasts for ever. Discounted, that is as long as 1 + gamma +
-        gamma^2 + ... = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once each.
-        DEVIATION from DAC (Kostrikov et al. 2019), which adds one pair for each end."""
-        rows = round(float(ends) / (1 - gamma))
-        return torch.cat([pairs, self.absorbing_pair().expand(rows, -1)])
+        The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
+        = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once each. In DAC
+        (Kostrikov et al. 2019, algorithm 1) there is one copy, and it is the same everywhere."""
+        after = self.absorbing_pairs(pairs[terminated])
+        return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -235,13 +242,13 @@ def discriminator_loss(expert_logits, policy_logits):
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
 
-    The mask leaves out mixtures with an absorbing pair. That pair lies near the expert's mean pair:
-    the penalty would hold the two logits close together. -> ()"""
+    By the mask, mixtures of an absorbing pair with an ordinary one count as 0: D may set these two
+    apart as sharply as it likes. -> ()"""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    unflagged = between[:, -1] == 0
-    return ((gradient.norm(dim=-1) - 1).square() * unflagged).mean()
+    mask = expert_pairs[:, -1] == policy_pairs[:, -1]
+    return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
 
 def imitation_reward(logits, form):
@@ -403,14 +410,14 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION: beside this loss stands cloning's, as in Jena et al. 2020, where the weights of both
-    change. By GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs
-    where the expert never was."""
+    DEVIATION: beside this loss stands cloning's, with a weight that falls (as in Jena et al. 2020,
+    where the other loss's weight rises meanwhile). By GAIL alone a policy finds the expert's
+    actions by chance; by cloning alone it errs where the expert never was."""
 
     def cloning_loss():
         if not bc_weight:
             return 0.0
-        return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONED, *expert))
+        return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
 
     observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -442,13 +449,13 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
     }
 
 
-def diagnose(scalars, args, absorbing, ends):
+def diagnose(scalars, args, absorbing, terminating):
     """What to advise if the run is not solved, from the last scalars that it logged.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, its reward is flat and low where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
-    if ends and not absorbing and args.reward == "gail" and args.control == "none":
+    if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
@@ -458,15 +465,17 @@ def diagnose(scalars, args, absorbing, ends):
 
 
 def train(args):
-    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
+    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed.
+
+    Run and tensors are in the harness, below."""
     run = Run(args)
     observations, actions = tensors(run.demos, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     average = AveragedModel(policy, avg_fn=recent_average)
-    network = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., 1), flattened to (...)
-    critic = nn.Sequential(policy.standardise, *network, nn.Flatten(-2)).to(args.device)
+    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., 1), flattened to (...):
+    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)
@@ -477,22 +486,23 @@ def train(args):
         actions = actions[torch.randperm(len(actions))]
     expert = observations, actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
-    ends = sum(episode["ends"] for episode in run.demos)  # how many of them terminate
-    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and ends > 0)
-    absorbing = absorbing and args.control != "constant-reward"  # which rewards without D
+    ends = torch.from_numpy(np.concatenate([episode["ends"] for episode in run.demos]))  # (pairs,)
+    terminating = bool(ends.any())  # does any demonstration terminate?
+    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and terminating)
+    absorbing = absorbing and args.control != "constant-reward"  # its reward is not D's
     if absorbing:
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
 
-    networks = {"policy": policy, "average": average, "critic": critic}
-    networks |= {"discriminator": discriminator, "envs": envs}
-    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)  # --resume: loads them
+    learnt = {"policy": policy, "average": average, "critic": critic}
+    learnt |= {"discriminator": discriminator, "envs": envs}
+    run.start(**learnt, optimizer=optimizer, d_optimizer=d_optimizer)  # --resume: loads them
 
     while run.steps < args.total_steps:
-        left = max(1 - run.steps / args.schedule, FINAL_LR)
+        left = max(1 - run.steps / args.schedule, FINAL_SHARE)
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * left
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, so that one policy acts throughout.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that all states are its own.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -500,8 +510,8 @@ def train(args):
         pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
-            ends_here = batch["terminated"].sum()
-            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends_here, args.gamma)
+            terminated = batch["terminated"].flatten()
+            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
 
         # 2. Train the discriminator.
         losses = {}
@@ -510,27 +520,24 @@ def train(args):
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
-        # 3. Reward each pair, and from that its advantage. Rewards are scaled by 1 - gamma, so that
-        # a discounted sum of them is a weighted mean: small enough for the critic. And an absorbing
+        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so that a
+        # discounted sum of them is a weighted mean: small enough for the critic. And an absorbing
         # state, which pays r for ever, is worth r.
-        with torch.no_grad():  # the expert's absorbing pairs, which come last, are left out here
-            logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
+        with torch.no_grad():
+            logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            end_value = torch.zeros(1, device=args.device)
-            if absorbing:
-                end_logit = discriminator(discriminator.absorbing_pair())
-                end_value = imitation_reward(end_logit, args.reward)
+            after = discriminator(discriminator.absorbing_pairs(pairs))
+            end_values = absorbing * imitation_reward(after, args.reward)
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
-            next_values = next_values.where(~batch["terminated"], end_value)
+            next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
-        # An advantage is how much more followed than the critic's value: the sum of both is an
-        # estimate of what followed, and so what the critic should learn.
-        returns = advantages + values
+            expert_logits = discriminator(expert_pairs[: len(actions)])  # without absorbing pairs
+        returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
         columns = (batch["observations"], batch["actions"], advantages, returns)
@@ -549,8 +556,8 @@ def train(args):
         if ended:
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
-        run.record(scalars, average.module)
-    advice = diagnose(run.curve[-1], args, absorbing, ends) if run.curve else ""
+        run.record(scalars, average.module)  # logs; evaluates and saves when it is time
+    advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average.module, advice)
 
 
@@ -705,8 +712,8 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
-    many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
+    after which pairs does the episode terminate?"""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
@@ -749,7 +756,7 @@ def load_demos(args):
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
+        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
     return chosen, episodes[:cut], episodes[cut:]
 
 

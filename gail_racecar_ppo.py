@@ -71,7 +71,7 @@ from tqdm import tqdm
 from racecar_env import FINISH, FINISH_RADIUS
 
 SCRIPT = "gail_racecar_ppo"
-CLONED = 64  # pairs of the expert in one step of cloning
+CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
@@ -392,7 +392,7 @@ def update_policy(policy, critic, optimizer, batch, expert, args):
     def cloning_loss():
         if not args.bc_weight:
             return 0.0
-        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONED, *expert))
+        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
 
     observations, actions, advantages, returns = batch
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -455,7 +455,7 @@ def train(args):
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:  # the expert's laps are assumed to end at the finish
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = int(sum(episode["ends"] for episode in run.demos))
+        laps = int(sum(episode["ends"].sum() for episode in run.demos))
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
 
@@ -464,7 +464,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
     expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONED, *expert)))
+        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert)))
 
     while run.steps < args.total_steps:
         left = max(1 - run.steps / args.schedule, FINAL_LR)
@@ -678,8 +678,8 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
-    many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
+    after which pairs does the episode terminate?"""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
@@ -722,7 +722,7 @@ def load_demos(args):
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
+        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
     return chosen, episodes[:cut], episodes[cut:]
 
 

@@ -440,7 +440,7 @@ def train(args):
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:  # the expert's laps are assumed to end at the finish
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = int(sum(episode["ends"] for episode in run.demos))
+        laps = int(sum(episode["ends"].sum() for episode in run.demos))
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
 
@@ -662,8 +662,8 @@ def sizes(env_id):
 def load_demos(args):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too, how
-    many ends they show: with --num-pairs, less than one."""
+    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
+    after which pairs does the episode terminate?"""
     task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
     low, high = np.array(task["low"]), np.array(task["high"])
     here = Path(globals().get("__file__", "script")).resolve().parent
@@ -706,7 +706,7 @@ def load_demos(args):
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
         chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = float(data["terminated"][i]) * kept / length
+        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
     return chosen, episodes[:cut], episodes[cut:]
 
 

@@ -83,8 +83,14 @@ CONTROL_RATE = 20  # Hz
 STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right
 WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1
 
-FRAME_WIDTH, FRAME_HEIGHT, FIELD_OF_VIEW = 320, 240, 60.0
-CAMERA_OFFSET = (-5.0, -5.0, 5.0)  # from the car; its z is measured from the ground
+VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # from the ground below the car
+FIELD_OF_VIEW, WALL_COLOR = 60.0, (0.85, 0.35, 0.15, 1)
+CHECKS = [(13.68 + k % 5 * 0.26, 6.68 + k // 5 * 0.26, 0.005) for k in range(1, 25, 2)]
+MARKS = (  # on the ground: centre, half extents, colour; the finish is black with white checks
+    ((1.0, 1.0, 0.0), (0.85, 0.1, 0.01), (0.1, 0.6, 0.3, 1)),
+    ((14.2, 7.2, 0.0), (0.65, 0.65, 0.01), (0.1, 0.1, 0.1, 1)),
+    *((center, (0.13, 0.13, 0.01), (1, 1, 1, 1)) for center in CHECKS),
+)
 
 # Wide enough for every state that can be reached before a wall ends the episode.
 OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.float32)
@@ -114,6 +120,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     start_noise: half width of the uniform noise on the start's x, y (metres) and yaw (radians).
     coin_reward: paid once for each coin that the car comes within 0.5 m of; 0: there are no coins.
     max_steps: the episode is truncated after this many steps.
+    width, height: of the pictures, in pixels. view: where the camera is, "close" or "far".
     Raises ValueError for a setting out of range, RuntimeError for a window without a display.
     """
 
@@ -125,20 +132,25 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         start_noise: float = 0.1,
         coin_reward: float = 0.0,
         max_steps: int = 2000,
+        width: int = 640,
+        height: int = 480,
+        view: str = "close",
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, human or rgb_array, got {render_mode!r}")
+        if view not in VIEWS:
+            raise ValueError(f"view must be close or far, got {view!r}")
         _check_number("start_noise", start_noise, numbers.Real, 0, MAX_START_NOISE)
         _check_number("coin_reward", coin_reward, numbers.Real, 0, 1_000_000)
         _check_number("max_steps", max_steps, numbers.Integral, 1, 1_000_000_000)
-        self.render_mode = render_mode
-        self.start_noise = float(start_noise)
-        self.coin_reward = float(coin_reward)
-        self.max_steps = int(max_steps)
+        _check_number("width", width, numbers.Integral, 1, 10_000)
+        _check_number("height", height, numbers.Integral, 1, 10_000)
+        self.render_mode, self.view = render_mode, view
+        self.max_steps, self.width, self.height = int(max_steps), int(width), int(height)
+        self.start_noise, self.coin_reward = float(start_noise), float(coin_reward)
         self.observation_space = gymnasium.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
         self.action_space = gymnasium.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
-        self.steps = 0
-        self._position = START_POSITION
+        self.steps, self._position = 0, START_POSITION
         self.running = False  # between a reset and the end of its episode
         self._seed: int | None = None  # of the episode; with its actions, a snapshot
         self._actions: list[tuple[float, float]] = []
@@ -168,7 +180,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         physics.loadURDF("plane.urdf", useMaximalCoordinates=True, flags=flags)
 
         # All walls are one static body, so that one query answers "does the car touch a wall?".
-        boxes = [pybullet.GEOM_BOX] * len(WALL_SEGMENTS)
+        boxes, colors = [pybullet.GEOM_BOX] * len(WALL_SEGMENTS), [WALL_COLOR] * len(WALL_SEGMENTS)
         half_extents, centers = [], []
         for x0, y0, x1, y1 in WALL_SEGMENTS:
             size_x, size_y = x1 - x0 or WALL_THICKNESS, y1 - y0 or WALL_THICKNESS
@@ -178,10 +190,13 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             boxes, halfExtents=half_extents, collisionFramePositions=centers
         )
         picture = physics.createVisualShapeArray(
-            boxes, halfExtents=half_extents, visualFramePositions=centers
+            boxes, halfExtents=half_extents, visualFramePositions=centers, rgbaColors=colors
         )
         self.walls = physics.createMultiBody(0, solid, picture)  # mass 0: static
         physics.changeDynamics(self.walls, -1, lateralFriction=1.0, restitution=0.7)
+        for center, half, color in MARKS if self.render_mode else ():  # without collision shape
+            shape = physics.createVisualShape(pybullet.GEOM_BOX, halfExtents=half, rgbaColor=color)
+            physics.createMultiBody(0, -1, shape, center)
 
         self._coins: dict[int, tuple[float, float]] = {}  # visible, without collision shape
         if self.coin_reward:
@@ -231,13 +246,8 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         physics.setJointMotorControlArray(
             self.car, STEERING_JOINTS, pybullet.POSITION_CONTROL, targetPositions=[-steering] * 2
         )
-        physics.setJointMotorControlArray(
-            self.car,
-            WHEEL_JOINTS,
-            pybullet.VELOCITY_CONTROL,
-            targetVelocities=[WHEEL_SPEED * throttle] * 4,
-            forces=[WHEEL_FORCE] * 4,
-        )
+        spin = {"targetVelocities": [WHEEL_SPEED * throttle] * 4, "forces": [WHEEL_FORCE] * 4}
+        physics.setJointMotorControlArray(self.car, WHEEL_JOINTS, pybullet.VELOCITY_CONTROL, **spin)
         physics.stepSimulation()
         self.steps += 1
         observation = self._observe(physics)
@@ -254,29 +264,21 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return observation, reward, terminated, truncated, self._info(is_success=at_finish)
 
     def render(self) -> np.ndarray | None:
-        """rgb_array: the picture, (240, 320, 3) uint8. human: follow the car at 20 frames/s."""
+        """rgb_array: (height, width, 3) uint8. human: follow the car at 20 frames/s."""
         physics = self._open_client()
+        x, y, z = VIEWS[self.view]
         if self.render_mode == "human":
-            x, y, z = CAMERA_OFFSET
-            target = (*self._position[:2], 0.0)
-            pitch = -math.degrees(math.atan2(z, math.hypot(x, y)))
+            target, pitch = (*self._position[:2], 0), -math.degrees(math.atan2(z, math.hypot(x, y)))
             physics.resetDebugVisualizerCamera(math.hypot(x, y, z), -45.0, pitch, target)
             time.sleep(1 / CONTROL_RATE)
             return None
         if self.render_mode is None:
             raise gymnasium.error.Error("render() needs render_mode human or rgb_array")
-        x, y, _ = self._position
-        eye = (x + CAMERA_OFFSET[0], y + CAMERA_OFFSET[1], CAMERA_OFFSET[2])
-        _, _, rgba, _, _ = physics.getCameraImage(
-            FRAME_WIDTH,
-            FRAME_HEIGHT,
-            physics.computeViewMatrix(eye, self._position, (0, 0, 1)),
-            physics.computeProjectionMatrixFOV(FIELD_OF_VIEW, FRAME_WIDTH / FRAME_HEIGHT, 0.1, 100),
-            flags=pybullet.ER_NO_SEGMENTATION_MASK,
-            renderer=pybullet.ER_TINY_RENDERER,
-        )
-        picture = np.asarray(rgba, dtype=np.uint8).reshape(FRAME_HEIGHT, FRAME_WIDTH, 4)
-        return picture[:, :, :3].copy()
+        eye = (self._position[0] + x, self._position[1] + y, z)
+        view = physics.computeViewMatrix(eye, self._position, (0, 0, 1))
+        lens = physics.computeProjectionMatrixFOV(FIELD_OF_VIEW, self.width / self.height, 0.1, 100)
+        image = physics.getCameraImage(self.width, self.height, view, lens)
+        return np.reshape(image[2], (self.height, self.width, 4))[:, :, :3].astype(np.uint8)
 
     def close(self) -> None:
         """Release the physics client. A second call does nothing."""
@@ -451,12 +453,9 @@ class WaypointController:
     """
 
     WAYPOINTS = np.array(
-        [(1, y) for y in range(0, 3)]
-        + [(x, 3) for x in range(1, 9)]
-        + [(9, y) for y in range(3, 7)]
-        + [(x, 7) for x in range(9, 14)]
-        + [FINISH]
-    )  # (waypoints, 2)
+        [(1, y) for y in range(3)] + [(x, 3) for x in range(1, 9)] + [(9, y) for y in range(3, 7)]
+        + [(x, 7) for x in range(9, 14)] + [FINISH]
+    )  # (waypoints, 2)  # fmt: skip
 
     def __init__(self, throttle: float = 0.5, gain: float = 1.0) -> None:
         self.throttle, self.gain = throttle, gain

@@ -30,17 +30,17 @@ FAULTS = {  # name: the text, and what takes its place
         "log_probs * centred",
     ),
     "mask: the penalty on absorbing pairs": (
-        "    return ((gradient.norm(dim=-1) - 1).square() * unflagged).mean()",
+        "    return ((gradient.norm(dim=-1) - 1).square() * mask).mean()",
         "    return (gradient.norm(dim=-1) - 1).square().mean()",
     ),
     "seed: evaluation on training's seeds": (
-        "seed = EVALUATION_SEEDS + 10_000 * args.seed\n",
-        "seed = 10_000 * args.seed\n",
+        "seed = EVALUATION_SEEDS + 10_000 * args.seed +",
+        "seed = 10_000 * args.seed +",
     ),
     "seed: the run's is not set": ("        torch.manual_seed(args.seed)\n\n", "\n"),
     "a truncation taken for an end": (
-        'next_values.where(~batch["terminated"]',
-        'next_values.where(~(batch["terminated"] | batch["truncated"])',
+        'torch.where(batch["terminated"], end_values',
+        'torch.where(batch["terminated"] | batch["truncated"], end_values',
     ),
     "advantages run on over an end": (
         "gae_lambda * ~done[step] * advantage",
@@ -59,14 +59,15 @@ FAULTS = {  # name: the text, and what takes its place
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
-        "self.observations[i], success[i] = after, info",
-        "self.observations[i], success[i] = after + 0 * rewards[i], info",
+        "after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)\n",
+        "after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)\n"
+        "            after[i] += 0 * reward\n",
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["digest"] == self.digest', "True"),
     "one pair for each end": (
-        "rows = round(float(ends) / (1 - gamma))",
-        "rows = round(float(ends))",
+        "after.repeat(round(1 / (1 - gamma)), 1)",
+        "after",
     ),
     "the average's weights": ("2 / (number + 2)", "1 / (number + 1)"),
     "the last policy is evaluated": (

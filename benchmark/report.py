@@ -1,12 +1,14 @@
-"""Put the results into the pages: tables of README.md and docs/*.md, figures into docs/figures.
+"""Put the results into the pages: README.md, docs/ and docs/studies/, and draw docs/figures.
 
     python benchmark/report.py            write them
     python benchmark/report.py --check    only name the pages that differ from the results
 
-A page holds `<!-- table: NAME -->` or `<!-- figure: NAME -->`, then `<!-- end -->`: what stands
-between them is made from benchmark/results/NAME.json, where run.py leaves the summary of every run,
-or from benchmark/studies/; NAME+NAME puts them side by side. peers_*.json hold rows instead of
-runs: other libraries on the same demonstrations; a file with a `table` already has its rows.
+A page holds `<!-- table: NAME -->`, `<!-- compact: NAME -->` or `<!-- figure: NAME -->`, then
+`<!-- end -->`: what stands between them is made from benchmark/results/NAME.json, where run.py
+leaves the summary of every run, or from benchmark/studies/. `compact` has six columns, for the
+pages of the scripts; compact: NAME+NAME puts one experiment below the other, table: NAME+NAME side
+by side. peers_*.json hold rows instead of runs: other libraries on the same demonstrations; a file
+with a `table` already has its rows.
 `solved` in a file is what its experiment asks for; without it, the script's own rule holds.
 """
 
@@ -21,16 +23,44 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
 FIGURES = ROOT / "docs" / "figures"
-LABELS = {  # of the picture of tasks, with colours that colour-blind readers tell apart
-    "tasks_cloning": ("cloning", "#E69F00"),
-    "tasks_scratch": ("GAIL alone", "#009E73"),
-    "tasks_gail": ("GAIL, the default", "#0072B2"),
+# Colours that colour-blind readers tell apart (Okabe and Ito's).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+STYLES = {"expert": "--", "solved": "-.", "random": ":"}
+WORDS = {  # what figures call a variant or an experiment
+    **{"gail": "-log(1 - D)", "airl": "log D - log(1 - D)", "logd": "log D"},
+    **{"ppo": "GAIL by PPO", "reinforce": "GAIL by REINFORCE", "tasks_cloning": "cloning"},
+    **{"tasks_scratch": "GAIL alone", "tasks_gail": "GAIL, the default"},
 }
-BLOCK = re.compile(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROWS = {  # what a compact table of several experiments calls each of them
+    "gail_cartpole": "200,000 steps",
+    "gail_cartpole_reinforce": "500,000 steps",
+    "gail_cartpole_controls": "a control",
+    "gail_racecar_ppo": "the default",
+    "gail_racecar_scratch": "GAIL alone",
+    "gail_racecar_controls": "GAIL alone",
+    "gail_racecar_cloning": "cloning alone",
+    "aggrevated_bipedal_weak": "weak expert",
+    "aggrevated_bipedal_no_advantage": "weak expert",
+    "aggrevated_bipedal_good": "good expert",
+    "aggrevated_bipedal_hardcore": "hardcore course",
+}
+PLAIN = {  # headings and variants of older files, in plainer words
+    "places by 15": "places / 15",
+    "seed 5, gone on with": "seed 5, resumed",
+    "D refuses pairs of": "the policy's pairs that D was trained on",
+    "and a memory of earlier ones": "half of them from earlier rollouts",
+    "level of Q* by that of the cost-to-go": "level of Q* / level of the cost-to-go",
+    "their target follows by": "their target moves by",
+    "time by the limit": "time / limit",
+    "by the first version": "now / first version",
+}
+BLOCK = re.compile(r"(<!-- (table|compact|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def interquartile_mean(values):
@@ -104,7 +134,6 @@ def variant_line(runs, goal):
         "variant": runs[0]["variant"],
         f"{name}: IQM [95 %]": f"{interquartile_mean(values):.1f} [{low:.1f}, {high:.1f}]",
         "mean ± std": f"{values.mean():.1f} ± {values.std():.1f}",
-        "every seed": ", ".join(f"{value:.4g}" for value in values),
         "seeds solved": f"{len(runs) - at.count(None)} of {len(runs)}",
         f"{clock(runs[0])} to solved": median(steps),
         "seconds to solved": median(seconds, ".1f"),
@@ -118,7 +147,7 @@ def variant_line(runs, goal):
         line["occupancy distance: mean, median (expert's own)"] = both + floor
     if key == "success_rate":
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
-        line["episode's length by the expert's"] = median(laps, ".2f")
+        line["length / expert's"] = median(laps, ".2f")
     if "paired_differences" in runs[0]:
         line["random"] = f"{np.mean([run['random'][key] for run in runs]):.1f}"
         line["expert"] = f"{np.mean([run['expert'][key] for run in runs]):.1f}"
@@ -128,6 +157,39 @@ def variant_line(runs, goal):
             found = [run["curve"][-1][f"{tag}/held_out"] for run in runs]
             line[heading] = f"{np.mean(found):.3f}"
     return line
+
+
+def compact_line(runs, goal, about):
+    """One variant's line of a compact table, at most six columns; seconds without evaluation."""
+    wide, first = variant_line(runs, goal), runs[0]
+    _, name, _ = metric(runs)
+    kept = [f"{name}: IQM [95 %]", "seeds solved", "steps to solved"]
+    if "paired_differences" in first:
+        kept = [f"{name}: IQM [95 %]", "expert", "learner - expert [95 %]", "seeds solved"]
+    number = " demonstrations" if first["variant"] != "1" else " demonstration"
+    variant = first["variant"] + number * first["variant"].isdigit()
+    line = {"what": ", ".join(filter(None, (variant, about)))}
+    line |= {heading: wide[heading] for heading in kept}
+    distances = [run["learner"]["occupancy_distance"] for run in runs]
+    if None not in distances and "paired_differences" not in first:
+        line["distance"] = f"{np.median(distances):.3f}"
+    return {**line, "training, s": median([run["wall_seconds"] for run in runs])}
+
+
+def compact(names, page):
+    """One experiment below the other. If only some are the first version's, their lines say so."""
+    lines, first = [], ["commit" in load(name) for name in names]
+    for name, old in zip(names, first):
+        about = ROWS.get(name, "") if len(names) > 1 else ""
+        for runs in groups(load(name)["runs"], "variant").values():
+            line = compact_line(runs, load(name)["solved"], about)
+            line["what"] += " (first version)" * (old and not all(first))
+            lines.append(line)
+    run = "python benchmark/run.py "
+    ours = [name for name in names if load(name)["command"] == run + name]
+    others = [load(name)["command"] for name in names if name not in ours]
+    commands = "`, `".join([run + " ".join(ours)] * bool(ours) + others)
+    return f"{markdown(lines)}\n{made_by(commands, names, page)}"
 
 
 def paired_gain(runs):
@@ -165,7 +227,7 @@ def markdown(lines):
     headings = list(dict.fromkeys(heading for line in lines for heading in line))
     cells = [headings, ["---"] * len(headings)]
     cells += [[line.get(heading, "") for heading in headings] for line in lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return "".join(f"| {' | '.join(PLAIN.get(cell, cell) for cell in row)} |\n" for row in cells)
 
 
 def path_of(name):
@@ -181,7 +243,7 @@ def load(name):
 def made_by(command, names, page):
     """The line below a table. What was measured before the scripts' second version says so."""
     about = [load(name) for name in names]
-    first = " (first version)" * any("commit" in result for result in about)
+    first = " (first version)" * all("commit" in result for result in about)
     machine = f", on {about[0]['machine']}" if "machine" in about[0] else ""
     links = [f"[{name}.json]({os.path.relpath(path_of(name), page.parent)})" for name in names]
     return f"Made by `{command}`{machine}{first}; all runs: {', '.join(links)}.\n"
@@ -217,19 +279,21 @@ def share(run):
 def tasks(names, page):
     """A line for each task and number of demonstrations, a column for each experiment: the
     interquartile mean of the shares with its interval, and the seeds with 95 % and more."""
-    lines = {}
+    lines, columns = {}, {name.split("_")[1]: "" for name in names}
     for name in names:
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
-            task, demos = variant.split(", ")
+            task, demos = variant.split(", ", 1)
             shares = np.array([share(run) for run in runs])
             low, high = bootstrap_interval(shares)
-            line = lines.setdefault((task, int(demos)), {"task": task, "demonstrations": demos})
+            line = {"task": task, "demonstrations": demos, **columns}
+            line = lines.setdefault((task, demos), line)
             heading = name.split("_")[1]
             middle = interquartile_mean(shares)
             solved = f"{sum(shares >= 95)} of {len(shares)}"
             line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
     command = f"python benchmark/run.py {' '.join(names)}"
-    ordered = sorted(lines, key=lambda row: row[1])  # by demonstrations, tasks in the file's order
+    pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
+    ordered = sorted(lines, key=lambda row: (pairs in row[1], int(row[1].split()[0])))
     return f"{markdown(lines[row] for row in ordered)}\n{made_by(command, names, page)}"
 
 
@@ -257,7 +321,7 @@ def fill(page):
     def block(match):
         opening, kind, name, end = match.groups()
         figure = os.path.relpath(picture(name), page.parent)
-        text = f"![{name}: every seed thin, their IQM thick]({figure})\n"
+        text = f"![{name}: learning curves, and where each seed ends]({figure})\n"
         if name.startswith("tasks_"):
             text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
         measured = any if name.startswith("tasks_") else all
@@ -265,93 +329,134 @@ def fill(page):
             text = "not measured yet\n"
         elif kind == "table":
             text = table(name, page)
+        elif kind == "compact":
+            text = compact(name.split("+"), page)
         return opening + text + end
 
     return BLOCK.sub(block, page.read_text())
-
-
-def draw_curves(axes, runs):
-    """Learning curves: every seed thin, their interquartile mean thick."""
-    unit, (key, _, _) = clock(runs[0]), metric(runs)
-    curves = [([p[unit] for p in r["curve"]], [p[key] for p in r["curve"]]) for r in runs]
-    for curve in curves:
-        axes.plot(*curve, color="tab:blue", linewidth=0.7, alpha=0.5)
-    x = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
-    middle = interquartile_mean(np.stack([np.interp(x, *curve) for curve in curves], -1))
-    axes.plot(x, middle, color="tab:blue", linewidth=2.2)
-    axes.set(title=runs[0]["variant"], xlabel=unit)
-
-
-def draw_sweep(axes, variants):
-    """The final return against the number of demonstrations, one point per seed."""
-    key, _, _ = metric(variants[0])
-    returns = [np.array([run["learner"][key] for run in runs]) for runs in variants]
-    for x, y in enumerate(returns):
-        axes.plot([x] * len(y), y, "o", color="tab:blue", alpha=0.4)
-    axes.plot([interquartile_mean(y) for y in returns], color="tab:blue", linewidth=2.2)
-    axes.set_xticks(range(len(variants)), [runs[0]["variant"] for runs in variants])
-    axes.set(title="at the end", xlabel="demonstrations")
 
 
 def picture(name):
     return FIGURES / ("tasks.png" if name.startswith("tasks_") else f"{name}.png")
 
 
-def draw_tasks(names, demos="4"):
-    """A row for each task: every seed's share a dot, their interquartile mean a bar, by colour."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes, ticks = figure.subplots(), {}
-    axes.axvline(100, color="gray", linestyle="--", linewidth=1)
-    axes.axvline(95, color="gray", linestyle=":", linewidth=1)
-    for k, name in enumerate(names):
-        label, color = LABELS[name]
-        for (variant,), runs in groups(load(name)["runs"], "variant").items():
-            task, number = variant.split(", ")
-            if number != demos:
-                continue
-            y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
-            shares = np.clip([share(run) for run in runs], -10, 120)
-            axes.plot(shares, [y] * len(shares), "o", color=color, markersize=3.5, alpha=0.6)
-            middle = interquartile_mean(shares)
-            axes.plot([middle] * 2, [y - 0.12, y + 0.12], color=color, linewidth=3, label=label)
-            label = None
-    axes.set_yticks(list(ticks.values()), list(ticks))
-    axes.set(
-        xlim=(-12, 122),
-        xlabel="share of the way from random to the expert, % (outside: at the edge)",
-    )
-    axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
-    axes.legend(loc="lower left")
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / "tasks.png", dpi=110, metadata={"Software": None})
+def words(variant):
+    """The name of a variant in a figure."""
+    first, *rest = variant.split(", ")
+    first = WORDS.get(first, first.replace("-", " "))
+    if first.isdigit():
+        first += " demonstration" + "s" * (first != "1")
+    return ", ".join([first, *rest])
+
+
+def draw_lines(line, values):
+    """line: axes.axhline or axes.axvline. values: {who: where}."""
+    for who, value in values.items():
+        line(value, color="gray", linestyle=STYLES[who], linewidth=1)
+
+
+def draw_row(axes, values, y, color):
+    """A dot for each seed, a bar at their interquartile mean."""
+    axes.plot(values, [y] * len(values), "o", color=color, markersize=4, alpha=0.6)
+    middle = interquartile_mean(np.array(values))
+    axes.plot(middle, y, "|", color=color, markersize=13, markeredgewidth=3)
+
+
+def draw_curves(axes, runs, color, width):
+    """Every seed thin, their interquartile mean thick. Return all that is drawn."""
+    (key, _, unit), x = metric(runs), clock(runs[0])
+    curves = [([p[x] for p in r["curve"]], [unit * p[key] for p in r["curve"]]) for r in runs]
+    for curve in curves:
+        axes.plot(*curve, color=color, linewidth=0.7, alpha=0.6)
+    steps = curves[0][0]  # the seeds' evaluations lie within an iteration of each other
+    middle = interquartile_mean(np.stack([np.interp(steps, *curve) for curve in curves], -1))
+    axes.plot(steps, middle, color=color, linewidth=width)
+    return [value for _, values in curves for value in values]
+
+
+def draw_ends(axes, variants, lines):
+    """A row for each variant: its gain where the learner had the expert's starts, its return where
+    the variants are numbers of demonstrations, otherwise its distance from the expert."""
+    key, name, unit = metric(variants[0])
+    sweep = len(variants) > 1 and all(runs[0]["variant"][0].isdigit() for runs in variants)
+    ends = [[run["learner"]["occupancy_distance"] for run in runs] for runs in variants]
+    if "paired_differences" in variants[0][0]:
+        ends = [[np.mean(run["paired_differences"]) for run in runs] for runs in variants]
+        axes.set_xlabel("return at the end, less the expert's on the same starts")
+        lines = {"expert": 0}
+    elif sweep or any(None in row for row in ends):
+        ends = [[unit * run["learner"][key] for run in runs] for runs in variants]
+        axes.set_xlabel(f"{name} at the end")
+    else:
+        axes.set_xscale("symlog", linthresh=0.01)  # linear around 0
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("distance from the expert at the end")
+        axes.set_xlim(min(0, *map(min, ends)) - 0.001, 2 * max(1, *map(max, ends)))
+        lines = {"expert": 0, "random": 1}
+    draw_lines(axes.axvline, lines)
+    axes.set_yticks(range(0, -len(variants), -1), [words(runs[0]["variant"]) for runs in variants])
+    axes.set_ylim(0.5 - len(variants), 0.5)
+    for k, (row, label) in enumerate(zip(ends, axes.get_yticklabels())):
+        draw_row(axes, row, -k, COLORS[k])
+        label.set(color=COLORS[k], fontweight="bold")
 
 
 def draw(name):
-    """A panel for each variant; before them, where the variants count demonstrations, the sweep."""
-    runs = load(name)["runs"]
-    key, label, _ = metric(runs)
-    variants = list(groups(runs, "variant").values())
-    sweep = all(runs[0]["variant"][0].isdigit() for runs in variants)
-    panels = len(variants) + sweep
-    columns, rows = min(panels, 3), math.ceil(panels / 3)
-    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes in grid.flat[:panels]:
-        for who, style in (("expert", "--"), ("random", ":")):
-            known = [run[who][key] for run in runs if key in run[who]]
-            if known:
-                axes.axhline(np.mean(known), color="gray", linestyle=style, label=who)
-    for axes in grid.flat[panels:]:
-        axes.remove()
-    if sweep:
-        draw_sweep(grid[0, 0], variants)
-    for axes, variant in zip(grid.flat[sweep:], variants):
-        draw_curves(axes, variant)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(label.removesuffix(", %"))
-    grid[0, 0].legend(loc="center right")
+    """Left the learning curves, right where each seed ends; a colour for each variant."""
+    result = load(name)
+    variants = list(groups(result["runs"], "variant").values())
+    beside = name.replace("_controls", "_rewards")
+    if beside != name and path_of(beside).exists():  # GAIL itself, from as many steps
+        gail = [run for run in load(beside)["runs"] if run["variant"] == "gail"]
+        variants.insert(0, [run | {"variant": "GAIL itself"} for run in gail])
+    key, label, unit = metric(variants[0])
+    lines = {"solved": [result["solved"]]}
+    lines |= {who: [run[who].get(key) for run in variants[0]] for who in ("expert", "random")}
+    lines = {who: unit * np.mean(values) for who, values in lines.items() if None not in values}
+    figure = Figure(figsize=(9.5, 2.9 + 0.25 * max(0, len(variants) - 2)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [value for who, value in lines.items() if who != "random"]
+    for k, runs in enumerate(variants):
+        shown += draw_curves(left, runs, COLORS[k], 3.5 - 0.4 * k)  # so that none hides another
+    if lines.get("random", math.inf) < 2 * min(shown) - max(shown):  # it would flatten all else
+        del lines["random"]
+    draw_lines(left.axhline, lines)
+    draw_ends(right, variants, lines)
+    left.set_xlabel("updates" if name.startswith(("bc", "gail_offline")) else "environment steps")
+    left.set_ylabel(label.replace("success", "laps finished"))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+    save(figure, name, lines)
+
+
+def save(figure, name, lines):
+    """With a legend below it of what all figures have in common."""
+    look = {"one seed": {"linewidth": 0.7, "marker": "o", "markersize": 4}}
+    look["interquartile mean of the seeds"] = {"linewidth": 3}
+    look |= {who: {"color": "gray", "linestyle": STYLES[who], "linewidth": 1} for who in lines}
+    entries = [Line2D([], [], **{"color": "black", **how}, label=who) for who, how in look.items()]
+    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+
+
+def draw_tasks(names, demos="4"):
+    """A row for each task and script: how far each seed gets from random to the expert."""
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes, ticks = figure.subplots(), {}
+    draw_lines(axes.axvline, {"expert": 100, "solved": 95})
+    for k, (name, color) in enumerate(zip(names, COLORS)):
+        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+            task, number = variant.split(", ")
+            if number == demos:
+                y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
+                draw_row(axes, np.clip([share(run) for run in runs], -10, 120), y, color)
+        axes.plot([], [], linewidth=3, color=color, label=WORDS[name])
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    xlabel = "share of the way from random to the expert, % (outside: at the edge)"
+    axes.set(xlim=(-12, 122), xlabel=xlabel)
+    axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
+    axes.legend(loc="lower left")
+    save(figure, "tasks", ["expert", "solved"])
 
 
 def main():
@@ -359,7 +464,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     check = parser.parse_args().check
-    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
     pages = [page for page in pages if page.exists()]
     figures = {m[3] for page in pages for m in BLOCK.finditer(page.read_text()) if m[2] == "figure"}
     stale = [page for page in pages if fill(page) != page.read_text()]

@@ -125,7 +125,7 @@ def differences(command, args, root=ROOT):
     sys.path[:0] = {str(root), str(path.parent)} - set(sys.path)
     asked = vars(importlib.import_module(path.stem).parse_args(command[first:]))
     changed = [k for k, value in asked.items() if k in args and args[k] != value]
-    changed += sorted(asked.keys() ^ args.keys())  # a setting that is new or gone
+    changed += sorted(asked.keys() - args.keys())  # a new setting; one that is gone had its default
     return [name for name in changed if name not in NOT_KEPT]
 
 

@@ -196,21 +196,24 @@ def test_what_a_discriminator_sees(make):
 
 
 def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
-    """1 + gamma + gamma^2 + ... for each end, or for a share of one."""
+    """1 + gamma + gamma^2 + ... for each end; they know the last observation, not the action."""
     discriminator = gail.Discriminator(discrete_policy(), 8)
-    pairs = torch.randn(10, 8)
-    longer = discriminator.add_absorbing_pairs(pairs, 2.5, gamma=0.95)
-    assert len(longer) == 10 + 2.5 * 20 and torch.equal(longer[:10], pairs)
-    assert (longer[10:] == torch.tensor([0, 0, 0, 0, 0, 0, 0, 1.0])).all()
-    assert torch.equal(discriminator.add_absorbing_pairs(pairs, torch.tensor(0), 0.95), pairs)
+    pairs, ends = torch.randn(10, 8), torch.arange(10) % 4 == 3
+    longer = discriminator.add_absorbing_pairs(pairs, ends, gamma=0.95)
+    assert len(longer) == 10 + 2 * 20 and torch.equal(longer[:10], pairs)
+    for last in (3, 7):
+        after = torch.tensor([*pairs[last, :3], 0, 0, 0, 0, 1.0])
+        assert (longer[10:] == after).all(-1).sum() == 20
+    assert torch.equal(discriminator.add_absorbing_pairs(pairs, ends & False, 0.95), pairs)
 
 
 def test_gradient_penalty_against_finite_differences():
-    """Mixtures with an absorbing pair are left out."""
+    """Mixtures of an absorbing pair with another are left out."""
     discriminator = gail.Discriminator(discrete_policy(), 16).double()
     expert, learner = torch.randn(2, 40, 8).double()
     expert[:, -1] = learner[:, -1] = 0
-    learner[:5] = discriminator.absorbing_pair()
+    learner[:7] = discriminator.absorbing_pairs(learner[:7])
+    expert[5:7] = discriminator.absorbing_pairs(expert[5:7])
     rng = torch.get_rng_state()
     found = gail.gradient_penalty(discriminator, expert, learner)
     torch.set_rng_state(rng)

@@ -119,12 +119,13 @@ def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
     discriminator.load_state_dict(parts["discriminator"])
     with torch.no_grad():
         seen = torch.ones(2, 1)
-        pays = gail.imitation_reward(
-            discriminator(discriminator.make_pairs(seen, torch.arange(2))), "gail"
-        )
+        pairs = discriminator.make_pairs(seen, torch.arange(2))
+        pays = gail.imitation_reward(discriminator(pairs), "gail")
         pay = float((policy(seen[:1]).probs[0] * pays).sum())
-        forever = gail.imitation_reward(discriminator(discriminator.absorbing_pair()), "gail")
-    end = float(forever) / (1 - 0.9) * (absorbing == "yes")
+        after = discriminator(discriminator.absorbing_pairs(pairs))
+        forever = gail.imitation_reward(after, "gail")
+    assert forever[0] == forever[1]
+    end = float(forever[0]) / (1 - 0.9) * (absorbing == "yes")
     steps = [pay * sum(0.9**i for i in range(n)) + 0.9**n * end for n in (1, 2, 3)]
     assert critic_value(tmp_path / "run") == pytest.approx(np.mean(steps), rel=0.05)
 

@@ -1,0 +1,160 @@
+"""The pages: their links and lengths, and that their commands run. `--long` runs them: minutes."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sync
+from scripts import PYBULLET, ROOT, environment
+
+SCRIPTS = [ROOT / "docs" / name.replace(".py", ".md") for name in sync.SCRIPTS]
+COUNTED = [ROOT / "README.md", ROOT / "docs" / "index.md", *SCRIPTS, ROOT / "docs/racecar_env.md"]
+STUDIES = sorted(ROOT.glob("docs/studies/*.md"))
+OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "experts/README.md", "benchmark/README.md")
+OTHERS += ("benchmark/studies/README.md",)
+PAGES = sorted({*COUNTED, *ROOT.glob("docs/**/*.md"), *(ROOT / name for name in OTHERS)})
+RUN = [*COUNTED, ROOT / "docs/demonstrations.md"]  # whose commands run, in this order
+NOT_RUN = {  # part of a command or of a block: why it is not run here
+    "pip install": "installs, from the network",
+    "uv run": "installs, from the network",
+    "tensorboard": "a server",
+    "mkdocs serve": "a server",
+    "pytest": "this is it",
+    "YOUR_TASK": "a task and a file of the reader's",
+    "experts/train.py": "trains an expert: minutes to hours",
+    "--expert expert.pt": "the expert that experts/train.py would have made",
+    "model.zip": "a file of the reader's",
+    "from_minari.py": "installs a library and loads a dataset from the network",
+    "--drive": "needs a display",
+    "--render": "needs a display",
+    "trajectories": "needs the imitation library and a dataset of the reader's",
+}
+TINY = {  # flags for a short run; a step of aggrevated_bipedal.py is an iteration
+    "bc_cartpole": (100, "--eval-episodes 2"),
+    "gail_cartpole": (500, "--eval-episodes 2"),
+    "gail_offline_cartpole": (100, "--eval-episodes 2"),
+    "gail_racecar_ppo": (500, "--eval-episodes 2"),
+    "gail_racecar_reinforce": (500, "--eval-episodes 2"),
+    "aggrevated_bipedal": (1, "--eval-episodes 2"),
+}
+SHORTER = "--num-envs 2 --switch 9 --critic-updates 2 --policy-updates 2"
+
+
+def slug(heading):
+    """The anchor of a heading, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def without_code(page):
+    return re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", page.read_text())
+
+
+def anchors(page):
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
+    return {slug(heading) for heading in re.findall(r"(?m)^#+ (.*)$", text)}
+
+
+def commands(page):
+    """Its shell commands, and its Python, in their order; Python without shell between is one.
+
+    The comment behind a command says how long it takes and what it does."""
+    found, fence, before = [], None, ""
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            fence = None if fence else line.removeprefix("```")
+            if fence == "python" and not (found and found[-1][0] == "python"):
+                found.append(["python", ""])
+        elif fence == "python":
+            found[-1][1] += line + "\n"
+        elif fence or (line.startswith("    ") and (not before or before.startswith("    "))):
+            words = line.split("  #")[0].strip()
+            found += [["shell", part] for part in words.split(" && ") if part]
+        before = line
+    return found
+
+
+def reason(command):
+    """Why a command is not run here, or None."""
+    if "racecar" in command and not PYBULLET:
+        return "no pybullet"
+    return next((why for part, why in NOT_RUN.items() if part in command), None)
+
+
+def shortened(command):
+    """The same command with a tiny budget."""
+    match = re.match(r"python (\w+)\.py ", f"{command} ")
+    if not match or match[1] not in TINY:
+        return command
+    steps, more = TINY[match[1]]
+    if "--evaluate" in command:
+        return f"{command} --eval-episodes 2"
+    if "--resume" in command:
+        return f"{command} --total-steps {2 * steps}"
+    if match[1] == "aggrevated_bipedal":
+        source = (ROOT / f"{match[1]}.py").read_text()
+        flags = zip(*[iter(SHORTER.split())] * 2)
+        more += "".join(f" {flag} {value}" for flag, value in flags if f'"{flag}"' in source)
+    return f"{command} --total-steps {steps} {more}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists() and file.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_lengths():
+    assert sum(len(page.read_text().split()) for page in COUNTED) <= 9_000
+    assert {page: n for page in SCRIPTS if (n := len(page.read_text().splitlines())) > 150} == {}
+    assert {page: n for page in STUDIES if (n := len(page.read_text().splitlines())) > 200} == {}
+
+
+def test_every_study_is_listed():
+    """In the index of the studies, and in the site's navigation."""
+    listed, site = (ROOT / "docs/studies/index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for page in STUDIES:
+        assert page.name == "index.md" or f"({page.name})" in listed, page
+    for page in ROOT.glob("docs/**/*.md"):
+        assert f" {page.relative_to(ROOT / 'docs')}\n" in site, page
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_commands_parse(page):
+    """Their flags exist. (A resumed run's are read together with the run.)"""
+    for kind, command in commands(page):
+        words = shlex.split(command) if kind == "shell" else []
+        if words[:1] == ["python"] and Path(words[1]).stem in TINY and "--resume" not in words:
+            importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+
+
+def test_commands_run(long, tmp_path, capsys):
+    """All of them, one after the other in one copy, on a tiny budget."""
+    if not long:
+        pytest.skip("minutes: --long")
+    unwanted = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", "*.tmp")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=unwanted)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"cwd": tmp_path / "clone", "env": environment(PATH=path), "timeout": 600}
+    for page in RUN:
+        for kind, command in commands(page):
+            why = reason(command)
+            if why:
+                with capsys.disabled():
+                    print(f"{page.name}: {command.splitlines()[0]} is not run: {why}")
+                continue
+            words = ["bash", "-c", shortened(command)]
+            if kind == "python":
+                words = [sys.executable, "-c", command]
+            done = subprocess.run(words, capture_output=True, text=True, **settings)
+            assert done.returncode == 0, f"{page.name}: {words[-1]}\n{done.stdout}{done.stderr}"
