@@ -109,7 +109,7 @@ def stop_runs(case, how, count, folder):
             stop = None if stopped >= count else how
             plan = stop, rng.uniform(0.01, length), rng.randint(3_000, largest)
             status, lines = attempt(lambda x=flags: case.main(*x), *plan)
-            missed = status == 0 and "Exception ignored" in str(lines)  # by Python's own import
+            missed = status == 0 and "Exception ignored" in str(lines)  # by Python, in a callback
             unheard += missed
             expected = len(lines) == (status > 0) or missed
             assert status in (0, fitting) and expected, (flags, status, lines)
@@ -122,7 +122,7 @@ def stop_runs(case, how, count, folder):
         assert same(weights(folder), never_stopped), f"{case}, {how}: other weights in {folder}"
         ended += 1
     ends = f"{ended} runs that ended with the uninterrupted run's bits"
-    heard = f", {unheard} signals lost in Python's import" * bool(unheard)
+    heard = f", {unheard} signals that Python dropped" * bool(unheard)
     return f"{stopped} stops, {ends}, {early} stopped before a checkpoint{heard}"
 
 
