@@ -109,12 +109,7 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag(
-        "--control",
-        choices=CONTROLS,
-        default="none",
-        help="a test: the reward hides the expert; add --bc-weight 0",
-    )
+    flag("--control", choices=CONTROLS, default="none", help="a reward that hides the expert")
     # Only defaults: a flag that the user gives still wins.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
