@@ -452,7 +452,7 @@ def parse_args(argv=None):
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
     flag("--eval-every", type=number(int, 1), help="iterations between validations")
     many = "a fifth of the greedy episodes at the end, by the expert as well"
-    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help=many)
+    flag("--eval-episodes", type=number(int, 2, 500), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")

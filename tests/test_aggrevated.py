@@ -175,6 +175,14 @@ def test_the_best_by_validation_is_kept(tmp_path):
     assert returns[0] != max(returns) or best == 0
 
 
+def test_validation_and_final_evaluation_never_share_a_seed():
+    """The final seeds begin 5,000 after the first of validation."""
+    most = script.parse_args(["--eval-episodes", "500"]).eval_episodes
+    assert script.VALIDATION * most <= 5_000
+    with pytest.raises(script.BadInput):
+        script.parse_args(["--eval-episodes", "501"])
+
+
 def test_the_difference_to_the_expert_is_paired_by_seeds(finish):
     summary = read_json(finish(AGGREVATED) / "summary.json")
     gains = np.array(summary["paired_differences"])
