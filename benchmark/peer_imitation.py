@@ -1,11 +1,13 @@
-"""Train the `imitation` library's BC or GAIL on CartPole-v1: the other half of peers.py.
+"""Train the `imitation` library's BC or GAIL on a task: the other half of peers.py.
 
-    python peer_imitation.py bc   --demos PAIRS.npz --seed 1 --out result.json
-    python peer_imitation.py gail --demos PAIRS.npz --seed 1 --out result.json
+    python peer_imitation.py bc      --demos PAIRS.npz --seed 1 --out result.json
+    python peer_imitation.py gail    --demos PAIRS.npz --seed 1 --out result.json
+    python peer_imitation.py bc+gail --demos PAIRS.npz --seed 1 --out result.json --env-id Hopper-v4
 
 It runs the library as its documentation shows, and needs a virtual environment of its own: see
-requirements-peer.txt. PAIRS.npz holds observations (N, 4) and actions (N,), drawn by peers.py from
-the demonstrations; neighbouring rows need not be consecutive steps.
+requirements-peer.txt. PAIRS.npz holds observations (N, ...) and actions (N, ...), drawn by
+peers.py from the demonstrations; neighbouring rows need not be consecutive steps. With `bc+gail`
+the policy is cloned first, and GAIL goes on with it.
 
 Evaluation is not counted in the seconds. Its episodes start from seeds that training does not use,
 and are the same at every evaluation of a run.
@@ -34,17 +36,15 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.ppo import MlpPolicy
 
-ENV_ID = "CartPole-v1"
 PACKAGES = ("imitation", "stable-baselines3", "gymnasium", "torch", "numpy")
-BATCHES, TOTAL_STEPS, EVAL_EPISODES = 2_000, 300_000, 100
 
 
-def evaluate(policy, seed):
-    """The mean return of 100 greedy episodes, one in each environment, stepped side by side."""
-    envs = DummyVecEnv([lambda: gym.make(ENV_ID)] * EVAL_EPISODES)
-    envs.seed(1_000_000 + 1_000 * seed)  # no episode twice in runs of different seeds
+def evaluate(policy, args):
+    """The mean return of greedy episodes, one in each environment, stepped side by side."""
+    envs = DummyVecEnv([lambda: gym.make(args.env_id)] * args.eval_episodes)
+    envs.seed(1_000_000 + 1_000 * args.seed)  # no episode twice in runs of different seeds
     observations = envs.reset()
-    returns, running = np.zeros(EVAL_EPISODES), np.ones(EVAL_EPISODES, dtype=bool)
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     while running.any():
         actions, _ = policy.predict(observations, deterministic=True)
         observations, rewards, dones, _ = envs.step(actions)
@@ -65,32 +65,33 @@ def load_pairs(path):
     return Transitions(observations, actions, infos, observations, dones)
 
 
-def train_bc(pairs, seed, logger):
+def train_bc(pairs, args, logger, policy=None):
     """Behavioural cloning with the library's defaults; returns the curve, of one point."""
     # `rng` only serves the library's logging. The order of batches and the initial weights come
     # from torch's global generator.
-    set_random_seed(seed)
-    env = gym.make(ENV_ID)
+    set_random_seed(args.seed)
+    env = gym.make(args.env_id)
     trainer = bc.BC(
         observation_space=env.observation_space,
         action_space=env.action_space,
+        policy=policy,
         demonstrations=pairs,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(args.seed),
         batch_size=min(32, len(pairs)),  # 32 is the default; more than there is would be refused
         custom_logger=logger,
     )
     began = time.perf_counter()
-    trainer.train(n_batches=BATCHES, progress_bar=False)
-    point = {"steps": BATCHES, "wall_seconds": time.perf_counter() - began}
-    return [{**point, "return_mean": evaluate(trainer.policy, seed)}]
+    trainer.train(n_batches=args.updates, progress_bar=False)
+    point = {"steps": 0, "wall_seconds": time.perf_counter() - began}
+    return [{**point, "return_mean": evaluate(trainer.policy, args)}]
 
 
-def make_gail(pairs, seed, logger):
-    """The trainer of the library's own GAIL tutorial, on CartPole-v1.
+def make_gail(pairs, args, logger):
+    """The trainer of the library's own GAIL tutorial, on this task.
 
-    The tutorial uses seals/CartPole-v0, whose episodes all last 500 steps. CartPole-v1 ends an
-    episode when the pole falls, so the library has to be told that this is intended."""
-    envs = make_vec_env(ENV_ID, rng=np.random.default_rng(seed), n_envs=8)
+    The tutorial uses seals/CartPole-v0, whose episodes all last 500 steps. Where a task ends an
+    episode by itself, the library has to be told that this is intended."""
+    envs = make_vec_env(args.env_id, rng=np.random.default_rng(args.seed), n_envs=8)
     learner = PPO(
         env=envs,
         policy=MlpPolicy,
@@ -99,7 +100,8 @@ def make_gail(pairs, seed, logger):
         learning_rate=0.0004,
         gamma=0.95,
         n_epochs=5,
-        seed=seed,  # also seeds numpy's and torch's global generators, which the library draws on
+        # This also seeds numpy's and torch's global generators, which the library draws on.
+        seed=args.seed,
     )
     reward_net = BasicRewardNet(
         observation_space=envs.observation_space,
@@ -122,34 +124,45 @@ def make_gail(pairs, seed, logger):
     )
 
 
-def train_gail(pairs, seed, logger):
-    """GAIL with the tutorial's settings; returns the curve."""
-    trainer, curve, evaluating = make_gail(pairs, seed, logger), [], 0.0
+def train_gail(pairs, args, logger, cloning_first=False):
+    """GAIL with the tutorial's settings; returns the curve, whose seconds include the cloning's."""
+    trainer, curve, evaluating = make_gail(pairs, args, logger), [], 0.0
+    if cloning_first:
+        curve = train_bc(pairs, args, logger, trainer.gen_algo.policy)
+        evaluating -= curve[0]["wall_seconds"]
 
     def after_round(_):  # 8 environments x 2048 steps: the policy changes only then
         nonlocal evaluating
         now = time.perf_counter()
         point = {"steps": trainer.gen_algo.num_timesteps, "wall_seconds": now - began - evaluating}
-        curve.append({**point, "return_mean": evaluate(trainer.gen_algo.policy, seed)})
+        curve.append({**point, "return_mean": evaluate(trainer.gen_algo.policy, args)})
         evaluating += time.perf_counter() - now
 
     began = time.perf_counter()
-    trainer.train(TOTAL_STEPS, callback=after_round)
+    trainer.train(args.total_steps, callback=after_round)
     return curve
+
+
+def train_both(pairs, args, logger):
+    return train_gail(pairs, args, logger, cloning_first=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("algorithm", choices=("bc", "gail"))
+    parser.add_argument("algorithm", choices=("bc", "gail", "bc+gail"))
+    parser.add_argument("--env-id", default="CartPole-v1")
     parser.add_argument("--demos", type=Path, required=True, help="pairs (.npz)")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True, help="result file (.json)")
+    parser.add_argument("--updates", type=int, default=2_000, help="of cloning")
+    parser.add_argument("--total-steps", type=int, default=300_000, help="of GAIL")
+    parser.add_argument("--eval-episodes", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train = {"bc": train_bc, "gail": train_gail}[args.algorithm]
+    train = {"bc": train_bc, "gail": train_gail, "bc+gail": train_both}[args.algorithm]
     with tempfile.TemporaryDirectory() as folder:
         logger = imitation_logger.configure(folder, format_strs=[])  # writes no table anywhere
-        curve = train(load_pairs(args.demos), args.seed, logger)
+        curve = train(load_pairs(args.demos), args, logger)
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     args.out.write_text(json.dumps({"curve": curve, "versions": versions}, indent=2))
 
