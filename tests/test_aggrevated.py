@@ -210,5 +210,6 @@ def test_what_is_standardised(finish):
 def test_shipped_experts(path):
     policy, env_id = script.load_policy(path)
     assert env_id == path.stem.split("_")[0] and path.stat().st_size < 500_000
-    assert policy.act(np.zeros((7, 24))).shape == (7, 4)
+    sizes = policy.settings["sizes"]
+    assert policy.act(np.zeros((7, sizes[0]))).shape == (7, sizes[-1])
     assert torch.load(path, weights_only=True)["source"]
