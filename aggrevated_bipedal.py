@@ -89,7 +89,7 @@ def add_settings(parser, argv):
     shipped = "weak or good (shipped for the walkers), or a .pt of this script or experts/"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
     flag = parser.add_argument_group("roll-in").add_argument
-    flag("--total-steps", type=number(int, 1), default=20, help="iterations of the four steps")
+    flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     noise = "largest standard deviation of the noise on roll-in actions; 0: none"
     flag("--noise", type=number(float, 0), default=0.5, help=noise)

@@ -11,7 +11,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py                           the default run on CartPole: 15 seconds
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
-    python gail_cartpole.py --env-id MyTask-v0 --demos mine.npz       a task of yours
+    python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
     uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        the same, with uv
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
@@ -85,7 +85,9 @@ def add_settings(parser, argv):
     """The algorithm's flags; number(type, least, most) bounds a value, ends included."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("policy").add_argument
-    flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="for step 4 above")
+    flag(
+        "--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="how step 4 is done"
+    )
     flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
     flag("--schedule", type=number(int, 1), default=100_000, help="steps until step sizes are low")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
@@ -720,6 +722,8 @@ def load_demos(args):
         same = recorded.rsplit("-v", 1)[0] == wanted.rsplit("-v", 1)[0]
         check(same, f"demonstrations of {recorded}, expected {wanted}")
         size, starts = len(file["actions"]), np.flatnonzero(file["episode_starts"])
+        cut = low.shape and file["actions"].dtype.kind != "f"  # a recorder's mistake
+        check(not cut, "actions: integers, expected floats for a Box")
         expected = {
             "observations": (np.float32, (size, task["inputs"])),
             "actions": (np.float32 if low.shape else np.int64, (size, *low.shape)),
@@ -877,7 +881,10 @@ def judge(curve, random, expert, learner):
     failures = [i for i, value in enumerate(returns) if not value >= goal]  # NaN is a failure
     stable = curve[failures[-1] + 1 if failures else 0 :]
     if not stable:
-        return {}, f"not solved: return {returns[(failures or [-1])[-1]]:.4g} of {goal:.4g}"
+        return (
+            {},
+            f"not solved: return {returns[(failures or [-1])[-1]]:.4g}, solved from {goal:.4g} on",
+        )
     return stable[0], f"solved at {stable[0]['steps']:,} steps, {stable[0]['wall_seconds']:.1f} s"
 
 

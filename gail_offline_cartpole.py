@@ -396,6 +396,8 @@ def load_demos(args):
         same = recorded.rsplit("-v", 1)[0] == wanted.rsplit("-v", 1)[0]
         check(same, f"demonstrations of {recorded}, expected {wanted}")
         size, starts = len(file["actions"]), np.flatnonzero(file["episode_starts"])
+        cut = low.shape and file["actions"].dtype.kind != "f"  # a recorder's mistake
+        check(not cut, "actions: integers, expected floats for a Box")
         expected = {
             "observations": (np.float32, (size, task["inputs"])),
             "actions": (np.float32 if low.shape else np.int64, (size, *low.shape)),
@@ -553,7 +555,10 @@ def judge(curve, random, expert, learner):
     failures = [i for i, value in enumerate(returns) if not value >= goal]  # NaN is a failure
     stable = curve[failures[-1] + 1 if failures else 0 :]
     if not stable:
-        return {}, f"not solved: return {returns[(failures or [-1])[-1]]:.4g} of {goal:.4g}"
+        return (
+            {},
+            f"not solved: return {returns[(failures or [-1])[-1]]:.4g}, solved from {goal:.4g} on",
+        )
     return stable[0], f"solved at {stable[0]['steps']:,} steps, {stable[0]['wall_seconds']:.1f} s"
 
 

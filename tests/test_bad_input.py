@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, ROOT, demos, expert
+from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, demos, expert
 from toys import REFUSED
 
 SCRIPTS = list({case.script: case for case in reversed(CASES)}.values())
@@ -156,6 +156,12 @@ def test_bad_demonstrations(name, tmp_path, refused):
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     refused(BC, BC.argv("--out", tmp_path / "new", "--demos", path), path, word)
     assert not (ROOT / "canary").exists()
+
+
+def test_actions_of_a_box_that_were_cut_to_integers(tmp_path, refused):
+    arrays, path = dict(np.load(demos("ToyBox-v0"))), tmp_path / "demos.npz"
+    np.savez(path, **{**arrays, "actions": arrays["actions"].astype(int)})
+    refused(PPO, REINFORCE.argv("--out", tmp_path / "new", "--demos", path), path, "integers")
 
 
 def test_demonstrations_of_other_dtypes_are_cast(finish, tmp_path):
