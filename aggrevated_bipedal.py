@@ -51,9 +51,11 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
+from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -427,18 +429,16 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     file = io.BytesIO()  # on a full disk torch.save would hide the OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
     else:
         torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
-    try:
-        temporary.write_bytes(file.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.write_bytes(file.getbuffer())
+        whole.replace(path)
 
 
 def load(path):
@@ -487,73 +487,67 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-def play(act, env_id, episodes, seed, videos=None):
-    """Episodes with seeds from this one on, five side by side: dicts of arrays.
+# Arrays with a row for each step; is_success is NaN in a task that does not tell.
+Episode = namedtuple("Episode", "rewards is_success")
 
-    `act` maps observations to actions, a row for each environment; None acts at random. They are
-    filmed if `videos` is a folder."""
+
+def play(act, args, final=False, videos=None):
+    """Validation episodes, VALIDATION times --eval-episodes, five side by side in new environments;
+    for the final evaluation five times as many, on other seeds; if `videos` is a folder, three.
+
+    `act` maps observations to actions, one row for each environment; None acts at random."""
+    first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
+    number = 3 if videos else args.eval_episodes * (5 if final else VALIDATION)
     settings = {"render_mode": "rgb_array"} if videos else {}
-    at_once, played = 1 if videos else min(5, episodes), []
-    envs = [gym.make(env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
+    at_once, played = 1 if videos else 5, []
+    envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
     if videos:
-        envs = [RecordVideo(envs[0], str(videos), lambda number: True, disable_logger=True)]
-    for first in range(seed, seed + episodes, at_once):
-        running, steps = list(range(at_once)), [[] for _ in envs]
-        observations = [env.reset(seed=first + i)[0] for i, env in enumerate(envs)]
-        for i in running:
-            envs[i].action_space.seed(first + i)
+        envs = [RecordVideo(*envs, str(videos), lambda number: True, disable_logger=True)]
+    while len(played) < number:
+        running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
+        for i, env in enumerate(envs):
+            env.action_space.seed(first + len(played) + i)
+            seen[i], _ = env.reset(seed=first + len(played) + i)
         while running:
-            seen = np.array([observations[i] for i in running], np.float32)
-            actions = act(seen) if act else [envs[i].action_space.sample() for i in running]
-            for i, row, action in zip(tuple(running), seen, actions):
-                observations[i], reward, terminated, truncated, info = envs[i].step(action)
-                success = np.array(info.get("is_success"), float)  # None: NaN
-                steps[i].append((row, action, reward, success))
+            rows = np.array([seen[i] for i in running], np.float32)
+            actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
+            for i, action in zip(tuple(running), actions):
+                seen[i], reward, terminated, truncated, info = envs[i].step(action)
+                steps[i].append((reward, np.array(info.get("is_success"), float)))  # None: NaN
                 if terminated or truncated:
                     running.remove(i)
-        names = ("observations", "actions", "rewards", "is_success")
-        played += [dict(zip(names, map(np.array, zip(*episode)))) for episode in steps]
+        played += [Episode(*map(np.array, zip(*rows))) for rows in steps]
     for env in envs:
         env.close()
-    return played[:episodes]
+    return played[:number]
 
 
-def evaluation_episodes(act, args, env_id, final=False):
-    """--eval-episodes of them; for the final evaluation five times as many, on other seeds."""
-    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    return play(act, env_id, args.eval_episodes * (5 if final else 1), seed)
-
-
-def film(policy, env_id, folder):
-    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
-    with explained("--capture-video"):
-        play(policy.act, env_id, 3, EVALUATION_SEEDS, folder / "videos")
-
-
-def statistics(episodes):
-    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    lengths = [len(episode["rewards"]) for episode in episodes]
+def score(name, episodes, **more):
+    """Print and return statistics of episodes, and what more is known of them."""
+    returns = np.array([episode.rewards.sum() for episode in episodes], float)
+    lengths = [len(episode.rewards) for episode in episodes]
     result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes)}
-    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
-    return result if np.isnan(success) else {**result, "success_rate": float(success)}
-
-
-def describe(result):
-    shown = {"return_mean": "return {:.1f}", "return_std": "+- {:.1f}"}
-    shown |= {"success_rate": "success {:.0%}", "occupancy_distance": "occupancy distance {:.4f}"}
-    known = [name for name in shown if result.get(name) is not None]
-    return "  ".join(shown[name].format(result[name]) for name in known)
+    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes), **more}
+    success = np.mean([episode.is_success[-1] for episode in episodes])
+    if not np.isnan(success):
+        result["success_rate"] = float(success)
+    known = (f"{key} {value:.4g}" for key, value in result.items() if value is not None)
+    say(f"{name:8}" + "  ".join(known))
+    return result
 
 
 def judge(curve, random, expert, learner):
-    """The validation that solved it (the first good one, or else the best), and a verdict."""
+    """When was it solved? At the first good validation, or else the best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
-    if not learner["return_mean"] >= goal:
-        return {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
-    best = max(curve, key=lambda point: point["return_mean"])
-    first = next((point for point in curve if point["return_mean"] >= goal), best)
-    return first, f"solved at {first['steps']:,} steps, {first['wall_seconds']:.1f} s"
+    at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
+    if learner["return_mean"] >= goal:
+        best = max(curve, key=lambda point: point["return_mean"])
+        at = next((point for point in curve if point["return_mean"] >= goal), best)
+        verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
+    solved = {
+        f"solved_at_{k}": at.get(v) for k, v in (("steps", "steps"), ("seconds", "wall_seconds"))
+    }
+    return {**solved, "verdict": verdict}
 
 
 def draw(summary, path):
@@ -578,11 +572,12 @@ def draw(summary, path):
 class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
-    active, training, stopped_by = None, False, 0  # the last run, and the signal that is to end it
-    kept = ("steps", "env_steps", "seconds", "curve", "digest")  # in checkpoints
+    kept = ("steps", "env_steps", "wall_seconds", "curve")  # in checkpoints
+    active = None  # the last run
+    stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
     def __init__(self, args):
-        self.args, self.clock, Run.active, Run.training = args, time.perf_counter(), None, False
+        self.args, self.clock, Run.active, Run.stopped_by = args, time.perf_counter(), None, None
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
@@ -597,10 +592,10 @@ class Run:
         found = {"inputs": layers[0], "low": low, "high": high}
         check(found == self.sizes, f"{path}: {found}, expected {self.sizes}")
         weights = (x.numpy().tobytes() for x in self.expert.state_dict().values())
-        self.digest = sha256(b"".join(weights)).hexdigest()
-        self.walks = evaluation_episodes(self.expert.act, args, args.env_id, final=True)
-        say(f"expert  {describe(statistics(self.walks))}, {len(self.walks)} episodes")
-        self.steps, self.env_steps, self.seconds, self.curve = 0, 0, 0.0, []
+        self.demos = {"sha256": sha256(b"".join(weights)).hexdigest()}  # the expert in their place
+        self.walks = play(self.expert.act, args, final=True)
+        score("expert", self.walks)
+        self.steps, self.env_steps, self.wall_seconds, self.curve = 0, 0, 0.0, []
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -613,7 +608,7 @@ class Run:
         if args.resume:
             state = load(self.checkpoint)
             with explained(self.checkpoint):
-                check(state["digest"] == self.digest, "what its run learnt from has changed")
+                check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
                 for name in self.kept:
@@ -622,49 +617,52 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
-        Run.active, Run.training, Run.stopped_by = self, True, 0  # from now on a signal waits
+        Run.active, Run.stopped_by = self, 0  # from now on a signal waits
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
+        self.setup_seconds = time.perf_counter() - self.clock
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
         hidden = args.no_progress or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        began, self.clock = self.clock, time.perf_counter()
-        self.setup_seconds = self.clock - began
+        self.clock = time.perf_counter()
+
+    def facts(self):
+        """What a checkpoint and summary.json have in common."""
+        facts = {"script": SCRIPT, "args": vars(self.args)}
+        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        names = ("demos", "setup_seconds", *self.kept)
+        return facts | {name: getattr(self, name) for name in names}
 
     def save(self):
-        state = {name: getattr(self, name) for name in self.kept}
-        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
-        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.checkpoint, state)
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):
         """End an iteration: log it; validate, keep the best policy, save and stop when due. Raises
         Failed on a NaN."""
         args, now = self.args, self.steps
-        self.seconds += time.perf_counter() - self.clock
-        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+        self.wall_seconds += time.perf_counter() - self.clock
+        for tag, value in {**scalars, "charts/SPS": now / self.wall_seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
                 raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         due = now >= args.total_steps or now % args.eval_every == 0
         if due:
-            began, seed = time.perf_counter(), EVALUATION_SEEDS + 10_000 * args.seed
-            walks = play(policy.act, args.env_id, VALIDATION * args.eval_episodes, seed)
-            self.seconds += time.perf_counter() - began  # validating is part of the algorithm
-            result = statistics(walks)
+            self.bar.clear()
+            began = time.perf_counter()
+            result = score(f"{now:>9,} steps  ", play(policy.act, args))
+            self.wall_seconds += time.perf_counter() - began  # validating is part of the algorithm
             if all(result["return_mean"] >= point["return_mean"] for point in self.curve):
                 best.load_state_dict(policy.state_dict())
-            for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-                self.log.add_scalar(f"eval/{name}", result[name], now)
-            point = {"steps": now, "env_steps": self.env_steps, "wall_seconds": self.seconds}
+            for name, value in result.items():
+                self.log.add_scalar(f"eval/{name}", value, now)
+            point = {name: getattr(self, name) for name in self.kept if name != "curve"}
             self.curve.append({**point, **result, **scalars})
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": best.settings, "weights": best.state_dict()}
             write(self.folder / "policy.pt", saved)
-            self.bar.clear()
-            say(f"{now:>9,} steps  {describe(result)}")
         if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
@@ -674,59 +672,57 @@ class Run:
 
     def finish(self, policy):
         """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
-        args, folder, Run.training = self.args, self.folder, False
+        folder, Run.stopped_by = self.folder, None
         self.bar.close()
         self.log.close()
-        episodes = {
-            "random": evaluation_episodes(None, args, args.env_id, final=True),
+        samples = {
+            "random": play(None, self.args, final=True),
             "expert": self.walks,
-            "learner": evaluation_episodes(policy.act, args, args.env_id, final=True),
+            "learner": play(policy.act, self.args, final=True),
         }
-        results = {name: statistics(played) for name, played in episodes.items()}
-        for name, result in results.items():
-            say(f"{name:8}{describe(result)}")
-        returns = {k: np.array([x["rewards"].sum() for x in v]) for k, v in episodes.items()}
+        results = {name: score(name, episodes) for name, episodes in samples.items()}
+        returns = {k: np.array([x.rewards.sum() for x in v]) for k, v in samples.items()}
         gains = returns["learner"] - returns["expert"]  # on the same seeds
-        solved, verdict = judge(self.curve, **results)
+        summary = self.facts() | results | judge(self.curve, **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
-        verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
-        summary = {"script": SCRIPT, "args": vars(args), **results, "verdict": verdict}
-        summary["versions"] = {x.__name__: x.__version__ for x in (torch, gym, np)}
-        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
-        summary |= {"steps": self.steps, "env_steps": self.env_steps, "curve": self.curve}
-        summary |= {"solved_at_steps": solved.get("steps"), "paired_differences": gains.tolist()}
-        summary["solved_at_seconds"] = solved.get("wall_seconds")
+        summary["verdict"] += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
+        summary["paired_differences"] = gains.tolist()
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        say(f"verdict {verdict}\nrun     {folder}")
-        if args.capture_video:
-            film(policy, args.env_id, folder)
+        say(f"verdict {summary['verdict']}\nrun     {folder}")
+        if self.args.capture_video:
+            film(policy, self.args, folder)
         return summary
+
+
+def film(policy, args, folder):
+    with explained("--capture-video"):  # no encoder, nothing to draw with
+        play(policy.act, args, videos=folder / "videos")
 
 
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    env_id = args.env_id if args.env_id.endswith(f":{env_id}") else env_id
+    if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
+        args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder, results = Path(args.out or Path(args.evaluate).parent), {}
     for name in ("greedy", "sampled"):
         act = functools.partial(policy.act, sample=name == "sampled")
         with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = statistics(evaluation_episodes(act, args, env_id, final=True))
-        say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
+            results[name] = score(name, play(act, args, final=True))
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", results)
     if args.capture_video:
-        film(policy, env_id, folder)
+        film(policy, args, folder)
 
 
 def stop(number, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
-    at_once, Run.stopped_by = Run.stopped_by or not Run.training, number
-    if at_once:
+    waits, Run.stopped_by = Run.stopped_by == 0, number
+    if not waits:
         raise KeyboardInterrupt
 
 

@@ -47,9 +47,11 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
+from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -417,7 +419,7 @@ def train(args):
     known = args.env_id.endswith("RaceCar-v0")
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
     run = Run(args)
-    observations, actions = tensors(run.demos, args.device)
+    observations, actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(args.hidden).to(args.device)
     actions = policy.from_env(actions)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
@@ -439,7 +441,7 @@ def train(args):
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:  # the expert's laps are assumed to end at the finish
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = int(sum(episode["ends"].sum() for episode in run.demos))
+        laps = int(ends.sum())
         finished = torch.ones(laps, dtype=torch.bool, device=args.device)
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
 
@@ -598,18 +600,16 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     file = io.BytesIO()  # on a full disk torch.save would hide the OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
     else:
         torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
-    try:
-        temporary.write_bytes(file.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.write_bytes(file.getbuffer())
+        whole.replace(path)
 
 
 def load(path):
@@ -658,13 +658,13 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-def load_demos(args):
-    """Three lists of episodes: to learn from (drawn from the second), not held out, held out.
+# Arrays with a row for each step; is_success is NaN in a task that does not tell.
+Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
-    Each is a dict of observations, actions and rewards. Those to learn from have `ends`, too:
-    after which pairs does the episode terminate?"""
-    task, wanted = sizes(args.env_id), args.env_id.split(":")[-1]
-    low, high = np.array(task["low"]), np.array(task["high"])
+
+def load_demos(args, inputs, low, high):
+    """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
+    low, high, wanted = np.array(low), np.array(high), args.env_id.split(":")[-1]
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
     check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
@@ -677,18 +677,22 @@ def load_demos(args):
         cut = low.shape and file["actions"].dtype.kind != "f"  # a recorder's mistake
         check(not cut, "actions: integers, expected floats for a Box")
         expected = {
-            "observations": (np.float32, (size, task["inputs"])),
+            "observations": (np.float32, (size, inputs)),
             "actions": (np.float32 if low.shape else np.int64, (size, *low.shape)),
             "rewards": (np.float64, (size,)),  # optional, and only for the summary
             "episode_starts": (bool, (size,)),
             "terminated": (bool, starts.shape),
         }
-        data = {"rewards": np.full(size, np.nan), **{k: file[k] for k in expected if k in file}}
+        unknown = np.full(size, np.nan)
+        data = {
+            "rewards": unknown,
+            "is_success": unknown,
+            **{k: file[k] for k in expected if k in file},
+        }
         for name, (kind, shape) in expected.items():
-            found = data[name].dtype, data[name].shape
-            fits = np.can_cast(found[0], kind, "same_kind") and found[1] == shape
-            check(fits, f"{name}: {found[0]} {found[1]}, expected {np.dtype(kind)} {shape}")
-            data[name] = data[name].astype(kind)
+            with explained(name):
+                data[name] = data[name].astype(kind, casting="same_kind")
+                check(data[name].shape == shape, f"{data[name].shape}, expected {shape}")
         check(np.isfinite(data["observations"]).all(), "observations that are NaN or infinite")
         inside = (low <= data["actions"]) & (data["actions"] <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
@@ -696,26 +700,25 @@ def load_demos(args):
         check(args.num_demos <= len(starts), f"--num-demos {args.num_demos} of {len(starts)}")
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
-    names = ("observations", "actions", "rewards")
-    columns = [np.split(data[name], starts[1:]) for name in names]
-    episodes = [dict(zip(names, x)) for x in zip(*columns)]
+    episode_of = np.cumsum(data["episode_starts"]) - 1  # each row's
+    data["terminated"] = data["terminated"][episode_of] & np.roll(data["episode_starts"], -1)
+    columns = [np.split(data[name], starts[1:]) for name in Episode._fields]
+    episodes = [Episode(*x) for x in zip(*columns)]
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng, chosen = np.random.default_rng(args.seed), []
     for i in rng.permutation(cut)[: args.num_demos]:
-        length = len(episodes[i]["actions"])
+        length = len(episodes[i].actions)
         kept = args.num_pairs or length
         check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
         rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
-        chosen.append({name: column[rows] for name, column in episodes[i].items()})
-        chosen[-1]["ends"] = data["terminated"][i] & (np.arange(length) == length - 1)[rows]
+        chosen.append(Episode(*(column[rows] for column in episodes[i])))
     return chosen, episodes[:cut], episodes[cut:]
 
 
 def tensors(episodes, device="cpu"):
-    """The observations and the actions of all episodes: (pairs, ...) both."""
-    names = ("observations", "actions")
-    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
-    return [torch.as_tensor(array, device=device) for array in arrays]
+    """The columns of all episodes, observations and actions first: (pairs, ...) each."""
+    columns = (np.concatenate(column) for column in zip(*episodes))
+    return [torch.as_tensor(column, device=device) for column in columns]
 
 
 class OneEpisode(gym.Wrapper):
@@ -734,24 +737,26 @@ class OneEpisode(gym.Wrapper):
         return self.last, reward, terminated, truncated, info
 
 
-def play(act, env_id, episodes, seed, videos=None):
-    """Episodes with seeds from this one on, side by side in new environments: dicts of arrays.
+def play(act, args, final=False, videos=None):
+    """--eval-episodes episodes side by side in new environments; for the final evaluation five
+    times as many, on other seeds; if `videos` is a folder, three that are filmed.
 
-    `act` maps observations to actions, one row for each environment; None acts at random. They are
-    filmed if `videos` is a folder."""
+    `act` maps observations to actions, one row for each environment; None acts at random."""
+    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
+    episodes = 3 if videos else args.eval_episodes * (5 if final else 1)
 
     def make():
         settings = {"render_mode": "rgb_array"} if videos else {}
-        env = gym.make(env_id, disable_env_checker=True, **settings)
+        env = gym.make(args.env_id, disable_env_checker=True, **settings)
         if videos:
             env = RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
         return OneEpisode(env)
 
     at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
-    vector = str(getattr(gym.registry.get(env_id.split(":")[-1]), "vector_entry_point", ""))
+    vector = str(getattr(gym.registry.get(args.env_id.split(":")[-1]), "vector_entry_point", ""))
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
         at_once = min(episodes, 500)
-        envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
+        envs = gym.make_vec(args.env_id, at_once, vectorization_mode="vector_entry_point")
     else:
         envs = SyncVectorEnv([make] * at_once)
     played = []
@@ -767,38 +772,23 @@ def play(act, env_id, episodes, seed, videos=None):
             frames.append((running.copy(), seen, actions, rewards, terminated, success))
             running &= ~(terminated | truncated)
         lasted, *columns = (np.stack(column, 1) for column in zip(*frames))
-        names = ("observations", "actions", "rewards", "terminated", "is_success")
-        played += [dict(zip(names, (x[i, lasted[i]] for x in columns))) for i in range(at_once)]
+        played += [Episode(*(x[i, lasted[i]] for x in columns)) for i in range(at_once)]
     envs.close()
     return played[:episodes]
 
 
-def evaluation_episodes(act, args, env_id, final=False):
-    """--eval-episodes of them; for the final evaluation five times as many, on other seeds."""
-    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    return play(act, env_id, args.eval_episodes * (5 if final else 1), seed)
-
-
-def film(policy, env_id, folder):
-    """Three greedy episodes, in videos/. Raises BadInput: no encoder, nothing to draw with."""
-    with explained("--capture-video"):
-        play(policy.act, env_id, 3, EVALUATION_SEEDS, folder / "videos")
-
-
-def statistics(episodes):
-    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    lengths = [len(episode["rewards"]) for episode in episodes]
+def score(name, episodes, **more):
+    """Print and return statistics of episodes, and what more is known of them."""
+    returns = np.array([episode.rewards.sum() for episode in episodes], float)
+    lengths = [len(episode.rewards) for episode in episodes]
     result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes)}
-    success = np.mean([episode.get("is_success", [np.nan])[-1] for episode in episodes])
-    return result if np.isnan(success) else {**result, "success_rate": float(success)}
-
-
-def describe(result):
-    shown = {"return_mean": "return {:.1f}", "return_std": "+- {:.1f}"}
-    shown |= {"success_rate": "success {:.0%}", "occupancy_distance": "occupancy distance {:.4f}"}
-    known = [name for name in shown if result.get(name) is not None]
-    return "  ".join(shown[name].format(result[name]) for name in known)
+    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes), **more}
+    success = np.mean([episode.is_success[-1] for episode in episodes])
+    if not np.isnan(success):
+        result["success_rate"] = float(success)
+    known = (f"{key} {value:.4g}" for key, value in result.items() if value is not None)
+    say(f"{name:8}" + "  ".join(known))
+    return result
 
 
 def squared_energy_distance(x, y):
@@ -811,33 +801,35 @@ def occupancy_distances(held_out, samples):
 
     Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
 
-    def pairs(episodes):
-        observations, actions = tensors(episodes)
+    if not held_out:
+        say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
+        return dict.fromkeys(samples)
+    pairs = {}
+    for name, episodes in {"held out": held_out, **samples}.items():
+        observations, actions, *_ = tensors(episodes)
         if actions.ndim == 1:  # Discrete: one-hot
             actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
         rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
-        return torch.cat([observations[rows], actions[rows]], -1).double()
-
-    if not held_out:
-        return dict.fromkeys(samples)
-    expert, distance = pairs(held_out), squared_energy_distance
+        pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
+    expert = pairs.pop("held out")
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    found = {name: distance(pairs(x) / unit, expert / unit) for name, x in samples.items()}
+    found = {name: squared_energy_distance(x / unit, expert / unit) for name, x in pairs.items()}
     return {name: distance / found["random"] for name, distance in found.items()}
 
 
-def judge(curve, random, expert, learner):
-    """The first evaluation from which on all are good, the final one included; and a verdict."""
+def judge(curve, advice, random, expert, learner):
+    """When was it solved: from which evaluation on are all good, the final one included?"""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     returns = [point["return_mean"] for point in (*curve, learner)]
-    failures = [i for i, value in enumerate(returns) if not value >= goal]  # NaN is a failure
-    stable = curve[failures[-1] + 1 if failures else 0 :]
-    if not stable:
-        return (
-            {},
-            f"not solved: return {returns[(failures or [-1])[-1]]:.4g}, solved from {goal:.4g} on",
-        )
-    return stable[0], f"solved at {stable[0]['steps']:,} steps, {stable[0]['wall_seconds']:.1f} s"
+    bad = max((i for i, x in enumerate(returns) if not x >= goal), default=-1)  # the last; or NaN
+    if bad + 1 < len(curve):
+        steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
+        verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
+    else:
+        steps, seconds = None, None
+        verdict = f"not solved: return {returns[bad]:.4g}, solved from {goal:.4g} on"
+        verdict += f"; {advice}" if advice else ""
+    return {"solved_at_steps": steps, "solved_at_seconds": seconds, "verdict": verdict}
 
 
 def draw(summary, path):
@@ -862,19 +854,22 @@ def draw(summary, path):
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    active, training, stopped_by = None, False, 0  # the last run, and the signal that is to end it
-    kept = ("steps", "seconds", "curve", "digest")  # in checkpoints
+    kept = ("steps", "wall_seconds", "curve")  # in checkpoints
+    active = None  # the last run
+    stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
     def __init__(self, args):
-        self.args, self.clock, Run.active, Run.training = args, time.perf_counter(), None, False
+        self.args, self.clock, Run.active, Run.stopped_by = args, time.perf_counter(), None, None
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
-        self.demos, self.not_held_out, self.held_out = load_demos(args)
-        arrays = tensors(self.demos) + (tensors(self.held_out) if self.held_out else [])
-        self.digest = sha256(b"".join(x.numpy().tobytes() for x in arrays)).hexdigest()
-        self.steps, self.seconds, self.eval_seconds, self.curve = 0, 0.0, 0.0, []
+        self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
+        arrays = (x for episode in (*self.episodes, *self.held_out) for x in episode[:2])
+        digest = sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
+        pairs = sum(len(episode.actions) for episode in self.episodes)
+        self.demos = {"episodes": len(self.episodes), "pairs": pairs, "sha256": digest}
+        self.steps, self.wall_seconds, self.eval_seconds, self.curve = 0, 0.0, 0.0, []
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -887,7 +882,7 @@ class Run:
         if args.resume:
             state = load(self.checkpoint)
             with explained(self.checkpoint):
-                check(state["digest"] == self.digest, "what its run learnt from has changed")
+                check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
                 for name in self.kept:
@@ -896,45 +891,50 @@ class Run:
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
             self.folder.mkdir(parents=True)
-        Run.active, Run.training, Run.stopped_by = self, True, 0  # from now on a signal waits
+        Run.active, Run.stopped_by = self, 0  # from now on a signal waits
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
+        self.setup_seconds = time.perf_counter() - self.clock
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
         hidden = args.no_progress or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        began, self.clock = self.clock, time.perf_counter()
-        self.setup_seconds = self.clock - began
+        self.clock = time.perf_counter()
+
+    def facts(self):
+        """What a checkpoint and summary.json have in common."""
+        facts = {"script": SCRIPT, "args": vars(self.args)}
+        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        names = ("demos", "setup_seconds", *self.kept)
+        return facts | {name: getattr(self, name) for name in names}
 
     def save(self):
-        state = {name: getattr(self, name) for name in self.kept}
-        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
-        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write(self.checkpoint, state)
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
         """End an iteration: log it; evaluate, save and stop when due. Raises Failed on a NaN."""
         args, now, began = self.args, self.steps, time.perf_counter()
-        self.seconds += began - self.clock  # neither evaluating nor saving counts
-        for tag, value in {**scalars, "charts/SPS": now / self.seconds}.items():
+        self.wall_seconds += began - self.clock  # neither evaluating nor saving counts
+        for tag, value in {**scalars, "charts/SPS": now / self.wall_seconds}.items():
             if tag.startswith("losses/") and not math.isfinite(value):
                 raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         every = args.eval_every or math.ceil(args.total_steps / 10)
         last = self.curve[-1]["steps"] if self.curve else 0
-        cheap = args.eval_every or self.eval_seconds < self.seconds / 5
+        cheap = args.eval_every or self.eval_seconds < self.wall_seconds / 5
         due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
-            result = statistics(evaluation_episodes(policy.act, args, args.env_id))
-            for name in {"return_mean", "return_std", "success_rate"} & {*result}:
-                self.log.add_scalar(f"eval/{name}", result[name], now)
-            self.curve.append({"steps": now, "wall_seconds": self.seconds, **result, **scalars})
+            self.bar.clear()
+            result = score(f"{now:>9,} steps  ", play(policy.act, args))
+            for name, value in result.items():
+                self.log.add_scalar(f"eval/{name}", value, now)
+            point = {"steps": now, "wall_seconds": self.wall_seconds}
+            self.curve.append({**point, **result, **scalars})
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": policy.settings, "weights": policy.state_dict()}
             write(self.folder / "policy.pt", saved)
-            self.bar.clear()
-            say(f"{now:>9,} steps  {describe(result)}")
             self.eval_seconds += time.perf_counter() - began
         if due or Run.stopped_by or began - self.saved > 60:
             self.save()
@@ -945,69 +945,54 @@ class Run:
 
     def finish(self, policy, advice=""):
         """Evaluate on fresh seeds; write summary.json and the picture; print the result."""
-        args, folder, Run.training = self.args, self.folder, False
+        folder, Run.stopped_by = self.folder, None
         self.bar.close()
         self.log.close()
         samples = {
-            "random": evaluation_episodes(None, args, args.env_id, final=True),
+            "random": play(None, self.args, final=True),
             "expert": self.not_held_out,
-            "learner": evaluation_episodes(policy.act, args, args.env_id, final=True),
+            "learner": play(policy.act, self.args, final=True),
         }
-        results = {name: statistics(episodes) for name, episodes in samples.items()}
-        results["expert"] = statistics(self.not_held_out + self.held_out)
-        for name, distance in occupancy_distances(self.held_out, samples).items():
-            results[name]["occupancy_distance"] = distance
-            say(f"{name:8}{describe(results[name])}")
-        if not self.held_out:
-            say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
-        solved, verdict = judge(self.curve, **results)
-        verdict = verdict if solved or not advice else f"{verdict}; {advice}"
-        pairs = sum(len(episode["actions"]) for episode in self.demos)
-        summary = {
-            "script": SCRIPT,
-            "args": vars(args),
-            "versions": {module.__name__: module.__version__ for module in (torch, gym, np)},
-            **results,
-            "wall_seconds": self.seconds,
-            "setup_seconds": self.setup_seconds,
-            "steps": self.steps,
-            "solved_at_steps": solved.get("steps"),
-            "solved_at_seconds": solved.get("wall_seconds"),
-            "demos": {"episodes": len(self.demos), "pairs": pairs, "sha256": self.digest},
-            "curve": self.curve,
-            "verdict": verdict,
-        }
+        distances = occupancy_distances(self.held_out, samples)
+        samples["expert"] = self.not_held_out + self.held_out
+        results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
+        summary = self.facts() | results | judge(self.curve, advice, **results)
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
-        say(f"verdict {verdict}\nrun     {folder}")
-        if args.capture_video:
-            film(policy, args.env_id, folder)
+        say(f"verdict {summary['verdict']}\nrun     {folder}")
+        if self.args.capture_video:
+            film(policy, self.args, folder)
         return summary
+
+
+def film(policy, args, folder):
+    with explained("--capture-video"):  # no encoder, nothing to draw with
+        play(policy.act, args, videos=folder / "videos")
 
 
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    env_id = args.env_id if args.env_id.endswith(f":{env_id}") else env_id
+    if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
+        args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder, results = Path(args.out or Path(args.evaluate).parent), {}
     for name in ("greedy", "sampled"):
         act = functools.partial(policy.act, sample=name == "sampled")
         with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = statistics(evaluation_episodes(act, args, env_id, final=True))
-        say(f"{name:8}{describe(results[name])}, {results[name]['episodes']} episodes of {env_id}")
+            results[name] = score(name, play(act, args, final=True))
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", results)
     if args.capture_video:
-        film(policy, env_id, folder)
+        film(policy, args, folder)
 
 
 def stop(number, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
-    at_once, Run.stopped_by = Run.stopped_by or not Run.training, number
-    if at_once:
+    waits, Run.stopped_by = Run.stopped_by == 0, number
+    if not waits:
         raise KeyboardInterrupt
 
 

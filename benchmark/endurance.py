@@ -36,7 +36,7 @@ def watch(script, samples):
         record(run, *args)
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         files = len(os.listdir("/proc/self/fd"))
-        samples.append((run.steps, run.seconds, memory, files, physics_clients()))
+        samples.append((run.steps, run.wall_seconds, memory, files, physics_clients()))
 
     script.Run.record = recording
 

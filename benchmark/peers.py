@@ -53,8 +53,9 @@ def execute(command):
 
 def write_selection(path, flags, seed):
     """The pairs that the scripts learn from with these flags and this seed, as a file."""
-    chosen, _, _ = bc_cartpole.load_demos(bc_cartpole.parse_args([*flags, "--seed", str(seed)]))
-    observations, actions = (tensor.numpy() for tensor in bc_cartpole.tensors(chosen))
+    args = bc_cartpole.parse_args([*flags, "--seed", str(seed)])
+    chosen, _, _ = bc_cartpole.load_demos(args, **bc_cartpole.sizes(args.env_id))
+    observations, actions, *_ = (column.numpy() for column in bc_cartpole.tensors(chosen))
     np.savez(path, observations=observations, actions=actions)
 
 

@@ -84,9 +84,10 @@ def attempt(function, how=None, moment=None, size=None):
 
 
 def shorten(module):
-    """No picture, and two episodes in an evaluation: half of the time."""
+    """No picture, and no more episodes at the end than before it."""
     module.draw = lambda *_: None
-    module.evaluation_episodes = lambda act, args, task, **_: module.play(act, task, 2, 0)
+    play = module.play
+    module.play = lambda act, args, **_: play(act, args)
 
 
 def stop_runs(case, how, count, folder):

@@ -292,10 +292,10 @@ def test_occupancy_distances_by_their_definition():
 
     def episodes(shift):
         seen = rng.normal(shift, [1, 9, 0.1, 0], (2, 8, 4)).astype(np.float32)
-        return [{"observations": x, "actions": rng.integers(1, 4, 8)} for x in seen]
+        return [gail.Episode(x, rng.integers(1, 4, 8), *np.zeros((3, 8))) for x in seen]
 
     def pairs(played):
-        seen, taken = (np.concatenate([e[k] for e in played]) for k in ("observations", "actions"))
+        seen, taken = (np.concatenate([e[k] for e in played]) for k in (0, 1))
         return np.concatenate([seen, np.eye(3)[taken - 1]], 1)
 
     held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5)}
@@ -315,9 +315,12 @@ def test_solved_is_the_first_evaluation_from_which_on_all_are_good(marks, solved
     scores = [{"+": 480.0, "-": 470.0}[mark] for mark in marks]
     curve = [{"steps": i, "wall_seconds": 2.0 * i, "return_mean": x} for i, x in enumerate(scores)]
     random, expert = {"return_mean": 20.0}, {"return_mean": 500.0}
-    point, verdict = gail.judge(curve[:-1], random, expert, {"return_mean": scores[-1]})
-    assert point == ({} if solved is None else curve[solved])
-    assert verdict.startswith("not solved" if solved is None else f"solved at {solved} steps")
+    found = gail.judge(curve[:-1], "advice", random, expert, {"return_mean": scores[-1]})
+    seconds = None if solved is None else 2.0 * solved
+    assert (found["solved_at_steps"], found["solved_at_seconds"]) == (solved, seconds)
+    text = "not solved: return 470" if solved is None else f"solved at {solved} steps"
+    assert found["verdict"].startswith(text)
+    assert found["verdict"].endswith("advice") == (solved is None)
 
 
 # --- the race car ---------------------------------------------------------------------------------

@@ -158,8 +158,9 @@ def test_cloning_beside_ppo_pulls_towards_the_expert(case, tmp_path):
         folder = tmp_path / f"{weight}"
         flags = ["--control", "frozen-discriminator", "--epochs", 40, "--bc-weight", weight]
         case.run(folder, *flags, iterations=6)
-        run = case.module.load_demos(case.module.parse_args(case.argv()))[0]
-        observations, actions = case.module.tensors(run)
+        args = case.module.parse_args(case.argv())
+        chosen, *_ = case.module.load_demos(args, **case.module.sizes(args.env_id))
+        observations, actions, *_ = case.module.tensors(chosen)
         policy, _ = case.module.load_policy(folder / "policy.pt")
         with torch.no_grad():
             pairs = observations, policy.from_env(actions)
