@@ -425,8 +425,7 @@ def draw(name):
     lines |= draw_ends(right, variants, lines)
     left.set_xlabel("updates" if name.startswith(("bc", "gail_offline")) else "environment steps")
     left.set_ylabel(label.replace("success", "laps finished"))
-    first, last = left.dataLim.intervalx
-    if last >= 20 * first:  # what happens at the beginning would be squeezed
+    if left.dataLim.x1 >= 20 * left.dataLim.x0:  # what happens at the beginning would be squeezed
         left.set_xscale("log")
         left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     left.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
