@@ -2,27 +2,28 @@
 
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
-    1. roll in: each trajectory is walked by the expert (with probability alpha) or the learner up
-       to a random time; from there the expert walks to the end, to show what its actions lead to,
+    1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
+       there the expert walks to the end, so that the rewards after the switch are its own,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) imitates the expert's actions in these states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --total-steps 2           a look around
-    python aggrevated_bipedal.py                           the weak expert: five to nine minutes
+    python aggrevated_bipedal.py                           five to nine minutes: the weak expert
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
-    python aggrevated_bipedal.py --env-id Pendulum-v1 --expert expert.pt       a task of yours
+    python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
+    python aggrevated_bipedal.py --env-id mine:Task-v0 --expert expert.pt      a task of yours
 
 An expert is a .pt of plain weights: of experts/, or any policy.pt that this script wrote.
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
 function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
-learner is held near the expert's action, and A* is weighted by 1 - alpha; (3) Q* is discounted and
-not a function of time, and only a fall has value 0; several networks are fitted, and the mean of
-their A* minus its spread is maximised, as a lower bound; (4) roll-ins are greedy, with noise, and
-the expert finishes them; (5) training uses all states so far, the expert's among them.
+learner is held near the expert's action, and A* is weighted by 1 - alpha: little while Q* is young;
+(3) Q* is discounted and not a function of time, and only a fall has value 0; two networks are
+fitted, and the mean of their A* minus its spread is maximised, as a cautious estimate; (4) roll-ins
+are greedy, with noise; (5) training uses all states so far, the expert's among them.
 """
 
 # /// script
@@ -61,10 +62,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
 from torch import nn
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -72,11 +71,11 @@ from tqdm import tqdm
 
 SCRIPT = "aggrevated_bipedal"
 MIXING = 5  # iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0
-STD = 0.1  # of the learner's actions, before tanh
+STD = 0.1  # of the learner's actions in its loss, before tanh: it averages Q* around the mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes: where falls are rare, with few episodes luck decides
-LEAST_DEVIATION = 0.1  # when standardizing, so that nothing is scaled more than tenfold
+VALIDATION = 10  # times --eval-episodes: falls are rare, so a few episodes say little
+LEAST_DEVIATION = 0.1  # when standardising, so that nothing is scaled more than tenfold
 HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
 HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is harder to fit
@@ -85,30 +84,25 @@ HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is har
 def add_settings(parser, argv):
     """The algorithm's flags. `number`, `load_policy` and `Run` are in the harness."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
-    flag = parser.add_argument_group("expert").add_argument
+    flag = parser.add_argument_group("algorithm").add_argument
     shipped = "weak or good (shipped for the walkers), or a .pt of this script or experts/"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
-    flag = parser.add_argument_group("roll-in").add_argument
-    flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
-    flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
-    noise = "largest standard deviation of the noise on roll-in actions; 0: none"
-    flag("--noise", type=number(float, 0), default=0.5, help=noise)
-    longest = "the expert takes over after a random number of steps below this"
-    flag("--switch", type=number(int, 1), default=1_000, help=longest)
-    flag = parser.add_argument_group("Q*").add_argument
-    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
-    flag("--critic-updates", type=number(int, 0), default=1_000, help="in an iteration")
-    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
-    flag = parser.add_argument_group("policy").add_argument
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
+    flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
+    flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
+    flag("--noise", type=number(float, 0), default=0.5, help="largest deviation of roll-in noise")
+    switch = "bound of the random time at which the expert takes over: about an episode's length"
+    flag("--switch", type=number(int, 1), default=1_000, help=switch)
+    flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
+    flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
+    flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
+    flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the policy's layers")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
-    flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of both hidden layers")
-    caution = "standard deviations of the critics to subtract from their mean: a lower bound"
-    flag("--caution", type=number(float, 0), default=1.5, help=caution)
-    anchor = "weight of the squared distance to the expert's action (behaviour regularisation)"
+    flag("--caution", type=number(float, 0), default=1.5, help="deviations subtracted from A*")
+    anchor = "pull towards the expert's action; it competes with A*, so raise it with the rewards"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
-    if parser.parse_known_args(argv)[0].env_id == "BipedalWalkerHardcore-v3":
+    if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
         parser.set_defaults(**HARDCORE)
 
 
@@ -116,26 +110,19 @@ def is_fall(env_id, reward, terminated):
     """CHANGE ME: is this an end after which nothing is earned? Right for Gymnasium's MuJoCo tasks.
 
     A walker's episode terminates at the end of its course, too, where it would walk on."""
-    return reward <= -100 if env_id.startswith("BipedalWalker") else terminated
+    return reward <= -100 if "BipedalWalker" in env_id else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
 
 
-def mlp(sizes, activation=nn.ReLU):
-    """Linear layers with ReLU between them: (..., sizes[0]) -> (..., sizes[-1])."""
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
 class Standardised(nn.Module):
-    """A network whose inputs are measured in deviations of a sample."""
+    """Linear layers of these sizes; the inputs are measured in deviations of a sample."""
 
     def __init__(self, sizes, activation=nn.ReLU):
         super().__init__()
-        self.network = mlp(sizes, activation)
+        layers = [x for pair in itertools.pairwise(sizes) for x in (nn.Linear(*pair), activation())]
+        self.network = nn.Sequential(*layers[:-1])
         self.register_buffer("mean", torch.zeros(sizes[0]))
         self.register_buffer("deviation", torch.ones(sizes[0]))
 
@@ -143,15 +130,14 @@ class Standardised(nn.Module):
         self.mean.copy_(sample.mean(0))
         self.deviation.copy_(sample.std(0).clamp(min=LEAST_DEVIATION))
 
-    def outputs(self, inputs):
+    def forward(self, inputs):
         return self.network((inputs - self.mean) / self.deviation)
 
 
 class Policy(Standardised):
-    """A squashed Gaussian, for learner and expert: (..., inputs) -> a distribution over [-1, 1].
+    """Learner or expert: observations (..., inputs) -> means (..., size) of actions before tanh.
 
-    The tanh of the network's output is the greedy action; `low` and `high` are the box that the
-    environment knows it by."""
+    Own actions lie in [-1, 1]; `low` and `high` are the box that the environment knows it by."""
 
     def __init__(self, sizes, activation, low, high):
         super().__init__(sizes, {"relu": nn.ReLU, "tanh": nn.Tanh}[activation])
@@ -159,22 +145,25 @@ class Policy(Standardised):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
 
-    def forward(self, observations):
-        gaussian = Normal(self.outputs(observations), STD, validate_args=False)
-        return TransformedDistribution(gaussian, TanhTransform(cache_size=1), validate_args=False)
-
     def greedy(self, observations):
-        return self.outputs(observations).tanh()
+        return self(observations).tanh()
+
+    def sample(self, observations):
+        means = self(observations)
+        return (means + STD * torch.randn_like(means)).tanh()
 
     @torch.no_grad()
     def act(self, observations, sample=False):
         """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, size)."""
         observations = np.array(observations, np.float32, order="C")
         seen = torch.from_numpy(observations).to(self.low.device)
-        return self.to_env(self(seen).sample() if sample else self.greedy(seen))
+        return self.to_env(self.sample(seen) if sample else self.greedy(seen))
 
     def to_env(self, actions):
-        """From [-1, 1] to the environment's box, as NumPy: (..., size) both."""
+        """From [-1, 1] to the environment's box, as NumPy: (..., size) both. Raises Failed on NaN,
+        with which Box2D would end the whole process."""
+        if not actions.isfinite().all():
+            raise Failed("an action is NaN or infinite: the policy has diverged")
         return torch.lerp(self.low, self.high, (actions + 1) / 2).cpu().numpy()
 
 
@@ -187,7 +176,7 @@ class Critics(nn.Module):
 
     def forward(self, observations, actions):
         pairs = torch.cat([observations, actions], -1)
-        return torch.stack([network.outputs(pairs).squeeze(-1) for network in self.networks])
+        return torch.stack([network(pairs).squeeze(-1) for network in self.networks])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -204,101 +193,74 @@ def fitted_q_loss(critics, target, batch, gamma):
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
-def cautious_advantages(critics, observations, actions, expert_actions, caution):
-    """A*(s, a) = Q*(s, a) - Q*(s, expert's): the networks' mean minus caution * spread. (batch,)"""
-    difference = critics(observations, actions) - critics(observations, expert_actions)
+def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
+    """anchor * (distance to the expert's action)^2 - weight * A* of the learner's own actions.
+
+    With a weight of 0 it is DAgger's (Ross et al. 2011). The expert is deterministic, so V*(s) is
+    Q*(s, its action). DEVIATION: the paper uses the score-function gradient of E[A*] in a state;
+    here it goes through Q*, A* is the critics' mean minus caution * spread, and the anchor holds
+    the learner near the actions that Q* was fitted to. (batch, ...) twice -> ()"""
+    distances = (policy.greedy(states) - expert_actions).square().sum(-1)
+    if not weight:
+        return args.anchor * distances.mean()
+    difference = critics(states, policy.sample(states)) - critics(states, expert_actions)
     spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has gradient NaN
-    return difference.mean(0) - caution * spread
-
-
-def aggrevated_loss(policy, critics, observations, expert_actions, weight, caution, anchor):
-    """Minus A* of the learner's own actions, reparameterised, held near the expert's. -> ()
-
-    DEVIATION: the paper uses the score-function gradient of E[A*] in a state, and no anchor."""
-    distribution = policy(observations)
-    actions, greedy = distribution.rsample(), distribution.base_dist.mean.tanh()
-    advantages = cautious_advantages(critics, observations, actions, expert_actions, caution)
-    distances = (greedy - expert_actions).square().sum(-1)
-    return (anchor * distances - weight * advantages).mean()
-
-
-def dagger_loss(policy, observations, expert_actions):
-    """Squared distance to the expert's actions (Ross et al. 2011): (batch, ...) twice -> ()."""
-    return (policy.greedy(observations) - expert_actions).square().sum(-1).mean()
+    advantages = difference.mean(0) - args.caution * spread
+    return (args.anchor * distances - weight * advantages).mean()
 
 
 # --- roll-in --------------------------------------------------------------------------------------
 
 
-def safe_step(env, action):
-    """Step it. Box2D ends the whole process if an action is NaN: raise Failed before that."""
-    if not np.isfinite(action).all():
-        raise Failed("an action is NaN or infinite: the policy has diverged")
-    return env.step(action)
-
-
 @torch.no_grad()
 def roll_in(policy, expert, alpha, args):
-    """One trajectory from each environment: a dict of (steps, ...), one after the other.
+    """--num-envs trajectories, one after the other: a dict of (steps, ...).
 
     Each is started by the expert (with probability alpha) or the learner, with noise on the
-    actions. From a random step below --switch on, the expert alone walks it to its end. DAgger's
-    have neither noise nor takeover. The environments are new: Box2D remembers earlier episodes."""
-    envs = [gym.make(args.env_id, disable_env_checker=True) for _ in range(args.num_envs)]
+    actions; from a random step below --switch on the expert alone walks. DAgger's have neither."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
-    observations = [env.reset(seed=first + i)[0] for i, env in enumerate(envs)]
-    observations = np.array(observations, np.float32)
-    by_expert = torch.rand(args.num_envs, 1) < alpha
-    switch = torch.randint(args.switch, (args.num_envs, 1))
-    scale = args.noise * torch.rand(args.num_envs, 1)
-    if args.algorithm == "dagger":
-        switch[:], scale[:] = 10**9, 0.0
-    noise = torch.randn(args.num_envs, len(policy.low))
-    frames, over = [], np.zeros(args.num_envs, bool)
-    while not over.all():
-        seen, running = torch.as_tensor(observations, device=args.device), ~over
-        expert_actions, greedy = expert.greedy(seen).cpu(), policy.greedy(seen).cpu()
-        chosen = torch.where(by_expert, expert_actions, greedy) + scale * noise
-        actions = torch.where(len(frames) >= switch, expert_actions, chosen.clamp(-1, 1))
-        noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated in time, deviation 1
-        frame = {"running": running, "observations": observations, "actions": actions.numpy()}
-        frame |= {"expert_actions": expert_actions.numpy(), "fell": np.zeros(args.num_envs, bool)}
-        frame["rewards"] = np.zeros(args.num_envs, np.float32)
-        observations, executed = observations.copy(), policy.to_env(actions.to(args.device))
-        for i in np.flatnonzero(running):
-            observations[i], reward, terminated, truncated, _ = safe_step(envs[i], executed[i])
-            frame["rewards"][i], over[i] = reward, terminated or truncated
-            frame["fell"][i] = is_fall(args.env_id, reward, terminated)
-        frames.append({**frame, "next_observations": observations})
-    for env in envs:
+    dagger, frames = args.algorithm == "dagger", []
+    for seed in range(first, first + args.num_envs):
+        starter = expert if torch.rand(()) < alpha else policy
+        switch = math.inf if dagger else int(torch.randint(args.switch, ()))
+        scale = 0.0 if dagger else args.noise * torch.rand(())
+        noise = torch.randn(len(policy.low))
+        env = gym.make(args.env_id, disable_env_checker=True)  # Box2D remembers earlier episodes
+        (observation, _), over, step = env.reset(seed=seed), False, 0
+        while not over:
+            seen = torch.as_tensor(observation, dtype=torch.float32, device=args.device)
+            if step < switch:
+                action = (starter.greedy(seen).cpu() + scale * noise).clamp(-1, 1)
+                noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
+            else:
+                action = expert.greedy(seen).cpu()
+            executed = policy.to_env(action.to(args.device))
+            observation, reward, terminated, truncated, _ = env.step(executed)
+            over, step = terminated or truncated, step + 1
+            after = np.float32(reward), is_fall(args.env_id, reward, terminated), observation
+            frames.append((seen.cpu().numpy(), action.numpy(), *after))
         env.close()
-    columns = {name: np.stack([frame[name] for frame in frames], 1) for name in frames[0]}
-    running = columns.pop("running")  # (envs, steps)
-    batch = {name: torch.as_tensor(column[running]) for name, column in columns.items()}
-    following = batch["next_observations"].to(args.device)
-    batch["next_expert_actions"] = expert.greedy(following).cpu()
+    names = ("observations", "actions", "rewards", "fell", "next_observations")
+    batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}
+    batch["next_observations"] = batch["next_observations"].float()
+    for when in ("", "next_"):
+        states = batch[f"{when}observations"].to(args.device)
+        batch[f"{when}expert_actions"] = expert.greedy(states).cpu()
     return batch
 
 
-class Transitions:
-    """All transitions so far; a checkpoint holds every one of them."""
+class Transitions(dict):
+    """All transitions so far, by column; a checkpoint holds every one of them."""
 
-    def __init__(self):
-        self.columns = {}
+    state_dict, load_state_dict = dict.copy, dict.update
 
     def add(self, batch):
         for name, column in batch.items():
-            self.columns[name] = torch.cat([self.columns.get(name, column[:0]), column])
+            self[name] = torch.cat([self.get(name, column[:0]), column])
 
     def sample(self, size, device):
-        rows = torch.randint(len(self.columns["rewards"]), (size,))
-        return {name: column[rows].to(device) for name, column in self.columns.items()}
-
-    def state_dict(self):
-        return self.columns
-
-    def load_state_dict(self, state):
-        self.columns = state
+        rows = torch.randint(len(self["rewards"]), (size,))
+        return {name: column[rows].to(device) for name, column in self.items()}
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -311,11 +273,10 @@ def descend(optimizer, loss):
 
 
 def refit(critics, target, optimizer, transitions, args):
-    """Fitted Q evaluation, continued on all transitions so far; returns the last loss."""
-    loss = torch.zeros(())
+    """Step 2: fitted Q evaluation, continued on all transitions so far; returns the last loss."""
     for _ in range(args.critic_updates):
         batch = transitions.sample(BATCH, args.device)
-        loss = fitted_q_loss(critics, target.module, batch, args.gamma)
+        loss = fitted_q_loss(critics, target, batch, args.gamma)
         descend(optimizer, loss)
         target.update_parameters(critics)
     return {"losses/critics": float(loss.detach())}
@@ -324,17 +285,12 @@ def refit(critics, target, optimizer, transitions, args):
 def improve(policy, critics, optimizer, transitions, weight, args):
     """Step 3, on the states of all trajectories so far; returns the mean loss."""
     critics.requires_grad_(False)  # saves computing their gradients
-    total = torch.zeros((), device=args.device)
+    total = 0.0
     for update in range(args.policy_updates):
         optimizer.param_groups[0]["lr"] = POLICY_LR * (1 - update / args.policy_updates)
         batch = transitions.sample(BATCH, args.device)
         states, expert_actions = batch["observations"], batch["expert_actions"]
-        if args.algorithm == "dagger":
-            loss = dagger_loss(policy, states, expert_actions)
-        else:
-            loss = aggrevated_loss(
-                policy, critics, states, expert_actions, weight, args.caution, args.anchor
-            )
+        loss = aggrevated_loss(policy, critics, states, expert_actions, weight, args)
         descend(optimizer, loss)
         total += loss.detach()
     critics.requires_grad_(True)
@@ -345,26 +301,24 @@ def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)
     expert = run.expert.to(args.device)
-    inputs, outputs = run.sizes["inputs"], len(run.sizes["low"])
-    sizes = [inputs, args.hidden, args.hidden, outputs]
-    policy = Policy(sizes, "relu", run.sizes["low"], run.sizes["high"]).to(args.device)
-    best = copy.deepcopy(policy)
-    sizes = [inputs + outputs, args.critic_hidden, args.critic_hidden, 1]
-    critics = Critics(sizes).to(args.device)
-    ema = get_ema_multi_avg_fn(0.95)  # with 0.99 Q* rises too slowly
+    low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
+    policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
+    policy, best = policy.to(args.device), copy.deepcopy(policy).to(args.device)
+    critics = Critics([inputs + len(low), args.critic_hidden, args.critic_hidden, 1])
+    critics, ema = critics.to(args.device), get_ema_multi_avg_fn(0.95)  # by 0.99 Q* rises too late
     target = AveragedModel(critics, multi_avg_fn=ema)
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), POLICY_LR, fused=True)
     c_optimizer = torch.optim.Adam(critics.parameters(), CRITIC_LR, fused=True)
-    networks = {"policy": policy, "best": best, "critics": critics, "target": target}
-    optimizers = {"optimizer": optimizer, "c_optimizer": c_optimizer}
-    run.start(**networks, **optimizers, transitions=transitions)
+    parts = {"policy": policy, "best": best, "critics": critics, "target": target}
+    parts |= {"optimizer": optimizer, "c_optimizer": c_optimizer, "transitions": transitions}
+    run.start(**parts)  # --resume: loads them
 
-    while run.steps < args.total_steps:
+    while run.steps < args.total_steps:  # iterations
         # 1. Roll in.
         alpha = max(0.0, 1 - run.steps / MIXING)
         batch = roll_in(policy, expert, alpha, args)
-        if run.steps == 0:  # the expert began all
+        if run.steps == 0:  # alpha is 1: all states are the expert's
             policy.measure(batch["observations"])
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
@@ -379,8 +333,9 @@ def train(args):
         if args.algorithm == "aggrevated":
             scalars |= refit(critics, target, c_optimizer, transitions, args)
 
-        # 3. Improve the policy. At first, while alpha is 1, the learner only imitates.
-        scalars |= improve(policy, critics, optimizer, transitions, 1 - alpha, args)
+        # 3. Improve the policy. While alpha is 1, the learner only imitates.
+        weight = 0.0 if args.algorithm == "dagger" else 1 - alpha
+        scalars |= improve(policy, critics, optimizer, transitions, weight, args)
 
         # 4. Validate, and keep the best policy.
         run.record(scalars, policy, best)
@@ -389,7 +344,7 @@ def train(args):
 
 # ==================================================================================================
 # The harness: flags, files, evaluation, run folder, main. It is no part of the algorithm, and the
-# other scripts' text but where this one queries an expert and validates. From above it uses SCRIPT,
+# same in the other scripts, except for the expert and the validation. From above it uses SCRIPT,
 # add_settings, Policy and train.
 # ==================================================================================================
 
@@ -532,65 +487,34 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-def tensors(episodes, device="cpu"):
-    """The observations and the actions of all episodes: (pairs, ...) both."""
-    names = ("observations", "actions")
-    arrays = (np.concatenate([episode[name] for episode in episodes]) for name in names)
-    return [torch.as_tensor(array, device=device) for array in arrays]
-
-
-class OneEpisode(gym.Wrapper):
-    """After the end of its episode an environment rests, until a seed begins another one."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.over, (self.last, _) = False, self.env.reset(seed=seed)
-        return self.last, {}
-
-    def step(self, action):
-        if self.over:
-            return self.last, 0.0, False, False, {}
-        self.last, reward, terminated, truncated, info = self.env.step(action)
-        self.over = terminated or truncated
-        return self.last, reward, terminated, truncated, info
-
-
 def play(act, env_id, episodes, seed, videos=None):
-    """Episodes with seeds from this one on, side by side in new environments: dicts of arrays.
+    """Episodes with seeds from this one on, five side by side: dicts of arrays.
 
-    `act` maps observations to actions, one row for each environment; None acts at random. They are
+    `act` maps observations to actions, a row for each environment; None acts at random. They are
     filmed if `videos` is a folder."""
-
-    def make():
-        settings = {"render_mode": "rgb_array"} if videos else {}
-        env = gym.make(env_id, disable_env_checker=True, **settings)
-        if videos:
-            env = RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
-        return OneEpisode(env)
-
-    at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
-    vector = str(getattr(gym.registry.get(env_id.split(":")[-1]), "vector_entry_point", ""))
-    if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
-        at_once = min(episodes, 500)
-        envs = gym.make_vec(env_id, at_once, vectorization_mode="vector_entry_point")
-    else:
-        envs = SyncVectorEnv([make] * at_once)
-    played = []
-    while len(played) < episodes:
-        envs.action_space.seed(seed + len(played))
-        observations, _ = envs.reset(seed=seed + len(played))
-        running, frames = np.ones(at_once, bool), []
-        while running.any():
-            seen = observations.astype(np.float32)
-            actions = act(seen) if act else envs.action_space.sample()
-            observations, rewards, terminated, truncated, info = envs.step(actions)
-            success = np.array(info.get("is_success", [np.nan] * at_once), float)
-            frames.append((running.copy(), seen, actions, rewards, terminated, success))
-            running &= ~(terminated | truncated)
-        lasted, *columns = (np.stack(column, 1) for column in zip(*frames))
-        names = ("observations", "actions", "rewards", "terminated", "is_success")
-        played += [dict(zip(names, (x[i, lasted[i]] for x in columns))) for i in range(at_once)]
-    envs.close()
+    settings = {"render_mode": "rgb_array"} if videos else {}
+    at_once, played = 1 if videos else min(5, episodes), []
+    envs = [gym.make(env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
+    if videos:
+        envs = [RecordVideo(envs[0], str(videos), lambda number: True, disable_logger=True)]
+    for first in range(seed, seed + episodes, at_once):
+        running, steps = list(range(at_once)), [[] for _ in envs]
+        observations = [env.reset(seed=first + i)[0] for i, env in enumerate(envs)]
+        for i in running:
+            envs[i].action_space.seed(first + i)
+        while running:
+            seen = np.array([observations[i] for i in running], np.float32)
+            actions = act(seen) if act else [envs[i].action_space.sample() for i in running]
+            for i, row, action in zip(tuple(running), seen, actions):
+                observations[i], reward, terminated, truncated, info = envs[i].step(action)
+                success = np.array(info.get("is_success"), float)  # None: NaN
+                steps[i].append((row, action, reward, success))
+                if terminated or truncated:
+                    running.remove(i)
+        names = ("observations", "actions", "rewards", "is_success")
+        played += [dict(zip(names, map(np.array, zip(*episode)))) for episode in steps]
+    for env in envs:
+        env.close()
     return played[:episodes]
 
 
@@ -622,36 +546,11 @@ def describe(result):
     return "  ".join(shown[name].format(result[name]) for name in known)
 
 
-def squared_energy_distance(x, y):
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
-    return float(2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean())
-
-
-def occupancy_distances(held_out, samples):
-    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
-
-    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
-
-    def pairs(episodes):
-        observations, actions = tensors(episodes)
-        if actions.ndim == 1:  # Discrete: one-hot
-            actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
-        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
-        return torch.cat([observations[rows], actions[rows]], -1).double()
-
-    if not held_out:
-        return dict.fromkeys(samples)
-    expert, distance = pairs(held_out), squared_energy_distance
-    unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    found = {name: distance(pairs(x) / unit, expert / unit) for name, x in samples.items()}
-    return {name: distance / found["random"] for name, distance in found.items()}
-
-
 def judge(curve, random, expert, learner):
     """The validation that solved it (the first good one, or else the best), and a verdict."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     if not learner["return_mean"] >= goal:
-        return {}, f"not solved: return {learner['return_mean']:.4g} of {goal:.4g}"
+        return {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
     best = max(curve, key=lambda point: point["return_mean"])
     first = next((point for point in curve if point["return_mean"] >= goal), best)
     return first, f"solved at {first['steps']:,} steps, {first['wall_seconds']:.1f} s"
@@ -689,20 +588,18 @@ class Run:
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         here = Path(globals().get("__file__", "script")).resolve().parent
-        shipped = here / "experts" / f"{args.env_id}_{args.expert}.pt"
+        wanted = args.env_id.split(":")[-1]
+        shipped = here / "experts" / f"{wanted}_{args.expert}.pt"
         path = shipped if shipped.exists() else Path(args.expert)
         self.expert, trained_on = load_policy(path)
-        wanted = args.env_id.split(":")[-1]
         check(trained_on == wanted, f"{path}: for {trained_on}, expected {wanted}")
         layers, low, high = (self.expert.settings[name] for name in ("sizes", "low", "high"))
         found = {"inputs": layers[0], "low": low, "high": high}
         check(found == self.sizes, f"{path}: {found}, expected {self.sizes}")
         weights = (x.numpy().tobytes() for x in self.expert.state_dict().values())
         self.digest = sha256(b"".join(weights)).hexdigest()
-        episodes = evaluation_episodes(self.expert.act, args, args.env_id, final=True)
-        say(f"expert  {describe(statistics(episodes))}, {len(episodes)} episodes")
-        cut = len(episodes) - len(episodes) // 5
-        self.not_held_out, self.held_out = episodes[:cut], episodes[cut:]
+        self.walks = evaluation_episodes(self.expert.act, args, args.env_id, final=True)
+        say(f"expert  {describe(statistics(self.walks))}, {len(self.walks)} episodes")
         self.steps, self.env_steps, self.seconds, self.curve = 0, 0, 0.0, []
         torch.manual_seed(args.seed)
 
@@ -757,9 +654,7 @@ class Run:
             walks = play(policy.act, args.env_id, VALIDATION * args.eval_episodes, seed)
             self.seconds += time.perf_counter() - began  # validating is part of the algorithm
             result = statistics(walks)
-            if result["return_mean"] >= max(
-                (x["return_mean"] for x in self.curve), default=-math.inf
-            ):
+            if all(result["return_mean"] >= point["return_mean"] for point in self.curve):
                 best.load_state_dict(policy.state_dict())
             for name in {"return_mean", "return_std", "success_rate"} & {*result}:
                 self.log.add_scalar(f"eval/{name}", result[name], now)
@@ -782,37 +677,25 @@ class Run:
         args, folder, Run.training = self.args, self.folder, False
         self.bar.close()
         self.log.close()
-        samples = {
+        episodes = {
             "random": evaluation_episodes(None, args, args.env_id, final=True),
-            "expert": self.not_held_out,
+            "expert": self.walks,
             "learner": evaluation_episodes(policy.act, args, args.env_id, final=True),
         }
-        experts = self.not_held_out + self.held_out
-        results = {name: statistics(episodes) for name, episodes in samples.items()}
-        results["expert"] = statistics(experts)
-        for name, distance in occupancy_distances(self.held_out, samples).items():
-            results[name]["occupancy_distance"] = distance
-            say(f"{name:8}{describe(results[name])}")
-        both = (np.array([e["rewards"].sum() for e in x]) for x in (samples["learner"], experts))
-        gains = np.subtract(*both)  # on the same seeds
+        results = {name: statistics(played) for name, played in episodes.items()}
+        for name, result in results.items():
+            say(f"{name:8}{describe(result)}")
+        returns = {k: np.array([x["rewards"].sum() for x in v]) for k, v in episodes.items()}
+        gains = returns["learner"] - returns["expert"]  # on the same seeds
         solved, verdict = judge(self.curve, **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         verdict += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
-        summary = {
-            "script": SCRIPT,
-            "args": vars(args),
-            "versions": {module.__name__: module.__version__ for module in (torch, gym, np)},
-            **results,
-            "wall_seconds": self.seconds,
-            "setup_seconds": self.setup_seconds,
-            "steps": self.steps,
-            "env_steps": self.env_steps,
-            "solved_at_steps": solved.get("steps"),
-            "solved_at_seconds": solved.get("wall_seconds"),
-            "paired_differences": gains.tolist(),
-            "curve": self.curve,
-            "verdict": verdict,
-        }
+        summary = {"script": SCRIPT, "args": vars(args), **results, "verdict": verdict}
+        summary["versions"] = {x.__name__: x.__version__ for x in (torch, gym, np)}
+        summary |= {"wall_seconds": self.seconds, "setup_seconds": self.setup_seconds}
+        summary |= {"steps": self.steps, "env_steps": self.env_steps, "curve": self.curve}
+        summary |= {"solved_at_steps": solved.get("steps"), "paired_differences": gains.tolist()}
+        summary["solved_at_seconds"] = solved.get("wall_seconds")
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {verdict}\nrun     {folder}")

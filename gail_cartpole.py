@@ -71,18 +71,21 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "gail_cartpole"
-LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much
+# From the harness, below: number, say, Failed, EVALUATION_SEEDS, tensors, Run.
+SCRIPT = "gail_cartpole"  # names files and folders
+LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-FINAL_SHARE = 0.02  # of policy's and critic's step sizes, and --bc-weight: left after --schedule
+FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
+# Rewards that do not know the expert: 1; an untrained D's; that of a D that was shown the expert's
+# states with its actions shuffled.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags; number(type, least, most) bounds a value, ends included."""
+    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("policy").add_argument
     flag(
@@ -91,8 +94,8 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
     flag("--schedule", type=number(int, 1), default=100_000, help="steps until step sizes are low")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=64, help="of each environment, in a rollout")
-    flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's first step size")
+    flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
+    flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's step size at first")
     flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
@@ -101,17 +104,21 @@ def add_settings(parser, argv):
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one update")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
-    flag("--bc-weight", type=number(float, 0), default=1.0, help="of cloning's loss; 0: pure GAIL")
+    flag(
+        "--bc-weight", type=number(float, 0), default=1.0, help="cloning's, at first; 0: pure GAIL"
+    )
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "after a termination: D's reward for ever, not 0; auto: yes if a demonstration has one"
+    ends = (
+        "after a termination: D's reward for ever, not 0; auto: yes if a demonstration terminates"
+    )
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
     flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="a reward that hides the expert")
+    flag("--control", choices=CONTROLS, default="none", help="use with --bc-weight 0")
     # Only defaults: a flag that the user gives still wins.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
@@ -148,13 +155,14 @@ class Standardise(nn.Module):
 
 class Policy(nn.Module):
     """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or have the box as [-1, 1]; to_env (which clips) and from_env convert them.
+    from 0, or lie in the box scaled to [-1, 1]; to_env (which clips) and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
+        # In policy.pt, to build the policy again; the box is part of them.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -175,7 +183,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")
+        observations = np.array(observations, np.float32, order="C")  # from_numpy needs it so
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -199,7 +207,7 @@ class Discriminator(nn.Module):
     def __init__(self, policy, hidden):
         super().__init__()
         self.standardise, self.discrete = policy.standardise, policy.discrete
-        self.action_size = policy.network[-1].out_features
+        self.action_size = policy.network[-1].out_features  # or the number of actions
         self.network = mlp(policy.settings["inputs"] + self.action_size + 1, hidden, hidden, 1)
 
     def forward(self, pairs):
@@ -213,8 +221,8 @@ class Discriminator(nn.Module):
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
     def absorbing_pairs(self, pairs):
-        """What follows if an episode terminates at these pairs: their observations, no action, the
-        flag. So D can tell a crash from a landing. (..., size of a pair) -> the same shape"""
+        """What follows if an episode terminates at these pairs: their observations, zeros for the
+        action, the flag. So D can tell a crash from a landing. (..., size of a pair) -> the same"""
         observations = pairs[..., : -1 - self.action_size]
         return F.pad(F.pad(observations, (0, self.action_size)), (0, 1), value=1.0)
 
@@ -222,8 +230,8 @@ class Discriminator(nn.Module):
         """Add what follows each termination: (n, size), (n,) bool -> (more, size).
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once each. In DAC
-        (Kostrikov et al. 2019, algorithm 1) there is one copy, and it is the same everywhere."""
+        = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once, undiscounted. In
+        DAC (Kostrikov et al. 2019, algorithm 1) there is one copy, the same everywhere."""
         after = self.absorbing_pairs(pairs[terminated])
         return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
 
@@ -263,11 +271,9 @@ def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda
     `next_values` are those of the states that the steps lead to, even if an episode is truncated
     there; where it terminates, 0 or the absorbing state's value."""
     errors = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
-        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
-        advantages[step] = advantage
+        advantages[step] = advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
     return advantages
 
 
@@ -287,20 +293,20 @@ def behavioural_cloning_loss(policy, observations, actions):
     return -policy(observations).log_prob(actions).mean()
 
 
-def recent_average(average, weights, number):
-    """The mean of all policies' parameters so far, the k-th counted k times; `number` is k - 1.
+def recent_average(average, weights, averaged):
+    """The mean of all policies' parameters so far, the k-th counted k times; `averaged` is k - 1.
 
     Among the first k, the k-th has the share k / (1 + 2 + ... + k) = 2 / (k + 1). So the early,
     poor policies soon count little (Lacoste-Julien et al. 2012)."""
-    return average + 2 / (number + 2) * (weights - average)
+    return average + 2 / (averaged + 2) * (weights - average)
 
 
 # --- environments ---------------------------------------------------------------------------------
 
 
 class Environments:
-    """Environments side by side. Each is reset by itself as soon as its episode ends, so that every
-    step is a transition.
+    """Environments side by side. Each is reset by itself as soon as its episode ends: every step is
+    a transition, where Gymnasium's vector environments spend one on each reset.
 
     An episode is known by its seed and the actions since: replayed, they lead back to where it
     was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
@@ -359,15 +365,16 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...); and of the episodes that
+    ended in them (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *after, ended_now = envs.step(policy.to_env(actions))
-        frames.append((observations, actions.cpu().numpy(), *after))
+        *outcome, ended_now = envs.step(policy.to_env(actions))
+        frames.append((observations, actions.cpu().numpy(), *outcome))
         ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
@@ -383,9 +390,9 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(number, *columns):
-    """The same random rows of each column, with replacement: (n, ...) -> (number, ...)."""
-    rows = torch.randint(len(columns[0]), (number,))
+def minibatch(size, *columns):
+    """The same random rows of each column, with replacement: (n, ...) -> (size, ...)."""
+    rows = torch.randint(len(columns[0]), (size,))
     return [column[rows] for column in columns]
 
 
@@ -402,21 +409,21 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
-def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
+def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION: beside this loss stands cloning's, with a weight that falls (as in Jena et al. 2020,
-    where the other loss's weight rises meanwhile). By GAIL alone a policy finds the expert's
-    actions by chance; by cloning alone it errs where the expert never was."""
+    `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
+    DEVIATION (7): beside this loss stands cloning's, with a weight that falls (as in Jena et al.
+    2020, where the other's rises meanwhile). By GAIL alone a policy finds the expert's actions by
+    chance; by cloning alone it errs where the expert never was."""
 
     def cloning_loss():
         if not bc_weight:
             return 0.0
         return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
 
-    observations, actions, advantages, returns = batch
+    observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
         old_log_probs = policy(observations).log_prob(actions)
@@ -428,11 +435,12 @@ def update_policy(policy, critic, optimizer, batch, expert, bc_weight, args):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
             if args.policy_gradient == "reinforce":
-                descend(optimizer, value_loss)  # the policy has no gradient here: it stays
+                descend(optimizer, value_loss)  # the policy has no gradient here: Adam skips it
                 continue
             new = policy(observations[rows])
             log_probs = new.log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
+            # The critic shares no weights with the policy: its loss needs no coefficient.
             loss = policy_loss + value_loss - args.entropy * new.entropy().mean()
             descend(optimizer, loss + cloning_loss())
     with torch.no_grad():
@@ -450,7 +458,7 @@ def diagnose(scalars, args, absorbing, terminating):
     """What to advise if the run is not solved, from the last scalars that it logged.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, its reward is flat and low where the policy is."""
+    right about 99 of 100 pairs of both kinds, -log(1 - D) is flat and low where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
     if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
@@ -464,24 +472,25 @@ def diagnose(scalars, args, absorbing, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed.
 
-    Run and tensors are in the harness, below."""
+    Run reads the demonstrations, seeds torch, and keeps count of the steps."""
     run = Run(args)
-    observations, actions = tensors(run.demos, args.device)
-    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)
-    actions = policy.from_env(actions)
-    policy.standardise.measure(observations)
+    expert_observations, expert_actions = tensors(run.demos, args.device)
+    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
+    expert_actions = policy.from_env(expert_actions)
+    policy.standardise.measure(expert_observations)
     average = AveragedModel(policy, avg_fn=recent_average)
-    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., 1), flattened to (...):
-    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2)).to(args.device)
+    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
+    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
+    critic = critic.to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs = Environments(args.env_id, args.num_envs)
 
     if args.control == "shuffled-expert":
-        actions = actions[torch.randperm(len(actions))]
-    expert = observations, actions
+        expert_actions = expert_actions[torch.randperm(len(expert_actions))]
+    expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
     ends = torch.from_numpy(np.concatenate([episode["ends"] for episode in run.demos]))  # (pairs,)
     terminating = bool(ends.any())  # does any demonstration terminate?
@@ -490,16 +499,18 @@ def train(args):
     if absorbing:
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
 
-    learnt = {"policy": policy, "average": average, "critic": critic}
-    learnt |= {"discriminator": discriminator, "envs": envs}
-    run.start(**learnt, optimizer=optimizer, d_optimizer=d_optimizer)  # --resume: loads them
+    parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
+    parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
+    run.start(**parts)  # what a checkpoint holds; --resume: loads them
 
     while run.steps < args.total_steps:
-        left = max(1 - run.steps / args.schedule, FINAL_SHARE)
+        share = max(1 - run.steps / args.schedule, FINAL_SHARE)
+        bc_weight = args.bc_weight * share
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
-            group["lr"] = learning_rate * left
+            group["lr"] = learning_rate * share
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, so that all states are its own.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy reached every
+        # state. Then no episode is longer than --num-steps, in the log either.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -525,21 +536,20 @@ def train(args):
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            after = discriminator(discriminator.absorbing_pairs(pairs))
-            end_values = absorbing * imitation_reward(after, args.reward)
+            end_logits = discriminator(discriminator.absorbing_pairs(pairs))
+            end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
-            expert_logits = discriminator(expert_pairs[: len(actions)])  # without absorbing pairs
+            expert_logits = discriminator(expert_pairs[: len(ends)])  # without absorbing pairs
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
         columns = (batch["observations"], batch["actions"], advantages, returns)
         columns = [column.flatten(0, 1) for column in columns]
-        bc_weight = args.bc_weight * left
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
         average.update_parameters(policy)
 
@@ -554,6 +564,7 @@ def train(args):
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average.module)  # logs; evaluates and saves when it is time
+    # The curve is empty only if a run is resumed whose budget is spent already.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average.module, advice)
 
@@ -575,7 +586,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is not finite: one line on stderr, exit status 1."""
+    """A loss, an observation or an action that is not finite: one line on stderr, status 1."""
 
 
 def check(condition, message):

@@ -114,13 +114,14 @@ class Standardise(nn.Module):
 
 class Policy(nn.Module):
     """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or have the box as [-1, 1]; to_env (which clips) and from_env convert them.
+    from 0, or lie in the box scaled to [-1, 1]; to_env (which clips) and from_env convert them.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
+        # In policy.pt, to build the policy again; the box is part of them.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -141,7 +142,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")
+        observations = np.array(observations, np.float32, order="C")  # from_numpy needs it so
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -249,7 +250,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is not finite: one line on stderr, exit status 1."""
+    """A loss, an observation or an action that is not finite: one line on stderr, status 1."""
 
 
 def check(condition, message):

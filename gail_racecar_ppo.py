@@ -255,11 +255,9 @@ def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda
     `next_values` are those of the states that the steps lead to, even if an episode is truncated
     there; where it terminates, 0 or the absorbing state's value."""
     errors = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
-        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
-        advantages[step] = advantage
+        advantages[step] = advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
     return advantages
 
 
@@ -278,8 +276,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side. Each is reset by itself as soon as its episode ends, so that every
-    step is a transition.
+    """Environments side by side. Each is reset by itself as soon as its episode ends: every step is
+    a transition, where Gymnasium's vector environments spend one on each reset.
 
     An episode is known by its seed and the actions since: replayed, they lead back to where it
     was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
@@ -338,15 +336,16 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), and the ended episodes."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...); and of the episodes that
+    ended in them (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *after, ended_now = envs.step(policy.to_env(actions))
-        frames.append((observations, actions.cpu().numpy(), *after))
+        *outcome, ended_now = envs.step(policy.to_env(actions))
+        frames.append((observations, actions.cpu().numpy(), *outcome))
         ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
@@ -362,9 +361,9 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(number, *columns):
-    """The same random rows of each column, with replacement: (n, ...) -> (number, ...)."""
-    rows = torch.randint(len(columns[0]), (number,))
+def minibatch(size, *columns):
+    """The same random rows of each column, with replacement: (n, ...) -> (size, ...)."""
+    rows = torch.randint(len(columns[0]), (size,))
     return [column[rows] for column in columns]
 
 
@@ -544,7 +543,7 @@ class BadInput(Exception):
 
 
 class Failed(Exception):
-    """A loss that is not finite: one line on stderr, exit status 1."""
+    """A loss, an observation or an action that is not finite: one line on stderr, status 1."""
 
 
 def check(condition, message):

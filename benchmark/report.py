@@ -139,8 +139,8 @@ def variant_line(runs, goal):
         "seconds to solved": median(seconds, ".1f"),
         "training, s": median([run["wall_seconds"] for run in runs], ".1f"),
     }
-    distances = [run["learner"]["occupancy_distance"] for run in runs]
-    floors = [run["expert"]["occupancy_distance"] for run in runs]
+    distances = [run["learner"].get("occupancy_distance") for run in runs]
+    floors = [run["expert"].get("occupancy_distance") for run in runs]
     if None not in distances + floors:
         floor = f" ({np.mean(floors):.3f})" if floors else ""
         both = f"{np.mean(distances):.3f}, {np.median(distances):.3f}"
@@ -170,7 +170,7 @@ def compact_line(runs, goal, about):
     variant = first["variant"] + number * first["variant"].isdigit()
     line = {"what": ", ".join(filter(None, (variant, about)))}
     line |= {heading: wide[heading] for heading in kept}
-    distances = [run["learner"]["occupancy_distance"] for run in runs]
+    distances = [run["learner"].get("occupancy_distance") for run in runs]
     if None not in distances and "paired_differences" not in first:
         line["distance"] = f"{np.median(distances):.3f}"
     return {**line, "training, s": median([run["wall_seconds"] for run in runs])}
@@ -379,7 +379,7 @@ def draw_ends(axes, variants, lines):
     the variants are numbers of demonstrations, otherwise its distance from the expert."""
     key, name, unit = metric(variants[0])
     sweep = len(variants) > 1 and all(runs[0]["variant"][0].isdigit() for runs in variants)
-    ends = [[run["learner"]["occupancy_distance"] for run in runs] for runs in variants]
+    ends = [[run["learner"].get("occupancy_distance") for run in runs] for runs in variants]
     if "paired_differences" in variants[0][0]:
         ends = [[np.mean(run["paired_differences"]) for run in runs] for runs in variants]
         axes.set_xlabel("return at the end, less the expert's on the same starts")

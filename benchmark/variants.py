@@ -73,8 +73,13 @@ def larger_final_lr(script):
 
 
 def no_advantage(script):
-    """AggreVaTeD's roll-ins and states, but A* is 0: what is left is imitation."""
-    script.cautious_advantages = lambda critics, observations, actions, *_: 0 * actions.sum(-1)
+    """AggreVaTeD's roll-ins and states, but A* has the weight 0: what is left is imitation."""
+    loss = script.aggrevated_loss
+
+    def without(policy, critics, states, expert_actions, weight, args):
+        return loss(policy, critics, states, expert_actions, 0.0, args)
+
+    script.aggrevated_loss = without
 
 
 def plain_discriminator(script):

@@ -21,12 +21,12 @@ SCRIPTS = [f"{name}.py" for name in (
     "gail_racecar_ppo", "gail_racecar_reinforce", "aggrevated_bipedal",
 )]  # fmt: skip
 BANNER = "# The harness: "
-OWN = {"train", "add_settings", "diagnose", "update_policy", "mlp"}
+OWN = {"train", "add_settings", "diagnose", "update_policy"}
 PER_TASK = {"Policy", "Discriminator", "gradient_penalty"}
 ASKING = {"aggrevated_bipedal.py"}
 OWN_HARNESS = {
     *("parse_args", "judge", "Run", "Run.__init__", "Run.load", "Run.record", "Run.evaluate"),
-    *("Run.finish",),
+    *("Run.finish", "play"),
 }
 
 

@@ -25,17 +25,16 @@ def new_policy(activation="relu"):
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_log_probability(activation):
-    """Of a squashed Gaussian: the Gaussian's at the inverse, less the log of tanh's slope."""
+def test_greedy_and_sampled_actions(activation):
+    """The tanh of the network's output, and of a Gaussian around it."""
     policy, seen = new_policy(activation), torch.randn(5, 3)
     policy.measure(torch.randn(20, 3) * 3 + 1)
-    actions = (torch.rand(5, 2) * 1.8 - 0.9).double()
-    mean = policy.network((seen - policy.mean) / policy.deviation).double()
-    exact = torch.distributions.Normal(mean, script.STD).log_prob(actions.atanh())
-    exact = exact - (1 - actions.square()).log()
-    assert torch.allclose(policy(seen).log_prob(actions.float()).double(), exact, atol=1e-3)
+    mean = policy.network((seen - policy.mean) / policy.deviation)
     greedy = mean.tanh().detach() + torch.tensor([0.0, 1.0])  # in the box
     assert np.allclose(policy.act(seen.numpy()), greedy, atol=1e-5)
+    draws = policy.sample(seen.expand(4_000, 5, 3)).atanh() - mean
+    assert torch.allclose(draws.mean(0), torch.zeros(5, 2), atol=0.01)
+    assert torch.allclose(draws.std(0), torch.full((5, 2), script.STD), rtol=0.1)
     assert isinstance(policy.network[1], {"relu": nn.ReLU, "tanh": nn.Tanh}[activation])
 
 
@@ -45,6 +44,10 @@ class KnownCritics(nn.Module):
     def forward(self, observations, actions):
         value = observations[:, 0] * actions.sum(-1) - 2 * actions.square().sum(-1)
         return torch.stack([value, value])
+
+
+def terms(caution, anchor):
+    return script.parse_args(["--caution", str(caution), "--anchor", str(anchor)])
 
 
 def test_gradient_of_the_expected_cost_to_go():
@@ -60,21 +63,19 @@ def test_gradient_of_the_expected_cost_to_go():
         return float((mass[:, None] / np.sqrt(2 * np.pi) * values).sum().detach())
 
     states, zeros = state.expand(50_000, -1), torch.zeros(50_000, 2)
-    loss = script.aggrevated_loss(policy, KnownCritics(), states, zeros, 1.0, 0.0, 0.0)
+    loss = script.aggrevated_loss(policy, KnownCritics(), states, zeros, 1.0, terms(0.0, 0.0))
     (found,) = torch.autograd.grad(-loss, bias)
     for slope, step in zip(found.tolist(), torch.eye(2).double() * 1e-3):
         exact = (expectation(step) - expectation(-step)) / 2e-3
         assert slope == pytest.approx(exact, abs=0.02)
 
 
-def test_the_anchor_is_daggers_loss():
+def test_without_a_weight_it_is_daggers_loss():
     policy, states, actions = new_policy(), torch.randn(6, 3), torch.rand(6, 2)
-    held = script.aggrevated_loss(policy, KnownCritics(), states, actions, 0.0, 1.0, 3.0)
-    dagger = script.dagger_loss(policy, states, actions)
-    assert held.item() == pytest.approx(3 * dagger.item(), rel=1e-5)
+    dagger = script.aggrevated_loss(policy, None, states, actions, 0.0, terms(1.0, 3.0))
     greedy = torch.as_tensor(policy.act(states.numpy())) - torch.tensor([0.0, 1.0])
     squared = sum((a - b) ** 2 for a, b in zip(actions.flatten(), greedy.flatten()))
-    assert dagger.item() == pytest.approx(float(squared) / 6, rel=1e-4)
+    assert dagger.item() == pytest.approx(3 * float(squared) / 6, rel=1e-4)
 
 
 def test_caution_takes_off_the_spread():
@@ -83,12 +84,14 @@ def test_caution_takes_off_the_spread():
     def doubtful(observations, actions):
         return torch.stack([actions.sum(-1), 3 * actions.sum(-1)])
 
-    states, some, none = torch.zeros(2, 3), torch.full((2, 2), 0.5), torch.zeros(2, 2)
-    found = script.cautious_advantages(doubtful, states, some, none, 0.5)
-    assert found.tolist() == pytest.approx([2 - 0.5 * 2**0.5] * 2, rel=1e-5)
-    some.requires_grad_()
-    script.cautious_advantages(doubtful, states, some, some.detach(), 1.0).sum().backward()
-    assert some.grad.isfinite().all()
+    policy, states, none = new_policy(), torch.zeros(2, 3), torch.zeros(2, 2)
+    policy.sample = lambda states: torch.full((2, 2), 0.5)
+    found = script.aggrevated_loss(policy, doubtful, states, none, 1.0, terms(0.5, 0.0))
+    assert found.item() == pytest.approx(0.5 * 2**0.5 - 2, rel=1e-5)
+    own = none.clone().requires_grad_()
+    policy.sample = lambda states: own
+    script.aggrevated_loss(policy, doubtful, states, none, 1.0, terms(1.0, 0.0)).backward()
+    assert own.grad.isfinite().all()
 
 
 def test_refitted_critics_are_the_experts():
@@ -107,7 +110,7 @@ def test_refitted_critics_are_the_experts():
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.Adam(critics.parameters(), 1e-2)
     for _ in range(500):
-        script.descend(optimizer, script.fitted_q_loss(critics, target.module, batch, gamma))
+        script.descend(optimizer, script.fitted_q_loss(critics, target, batch, gamma))
         target.update_parameters(critics)
     assert torch.allclose(critics(states, actions), exact.expand(2, -1), atol=0.03)
 
@@ -151,7 +154,7 @@ def test_who_begins_and_who_ends_a_trajectory():
 def test_actions_that_are_not_finite_never_reach_box2d():
     """There they would end the process."""
     with pytest.raises(script.Failed, match="NaN"):
-        script.safe_step(None, np.array([0, np.nan]))
+        new_policy().to_env(torch.tensor([0, np.nan]))
 
 
 # --- a run ----------------------------------------------------------------------------------------
