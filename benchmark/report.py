@@ -18,13 +18,14 @@ import math
 import os
 import re
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STUDIES = ROOT / "benchmark" / "results", ROOT / "benchmark" / "studies"
@@ -43,7 +44,6 @@ ROWS = {  # what a compact table of several experiments calls each of them
     "gail_cartpole_controls": "a control",
     "gail_racecar_ppo": "the default",
     "gail_racecar_scratch": "GAIL alone",
-    "gail_racecar_controls": "GAIL alone",
     "gail_racecar_cloning": "cloning alone",
     "aggrevated_bipedal_weak": "weak expert",
     "aggrevated_bipedal_no_advantage": "weak expert",
@@ -321,7 +321,7 @@ def fill(page):
     def block(match):
         opening, kind, name, end = match.groups()
         figure = os.path.relpath(picture(name), page.parent)
-        text = f"![{name}: learning curves, and where each seed ends]({figure})\n"
+        text = f"![Left, learning curves; right, where each seed ends]({figure})\n"
         if name.startswith("tasks_"):
             text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
         measured = any if name.startswith("tasks_") else all
@@ -341,12 +341,12 @@ def picture(name):
 
 
 def words(variant):
-    """The name of a variant in a figure."""
-    first, *rest = variant.split(", ")
+    """The name of a variant in a figure, in short lines."""
+    first, *rest = PLAIN.get(variant, variant).split(", ")
     first = WORDS.get(first, first.replace("-", " "))
     if first.isdigit():
         first += " demonstration" + "s" * (first != "1")
-    return ", ".join([first, *rest])
+    return textwrap.fill(", ".join([first, *rest]), 24)
 
 
 def draw_lines(line, values):
@@ -399,6 +399,7 @@ def draw_ends(axes, variants, lines):
     for k, (row, label) in enumerate(zip(ends, axes.get_yticklabels())):
         draw_row(axes, row, -k, COLORS[k])
         label.set(color=COLORS[k], fontweight="bold")
+    return lines
 
 
 def draw(name):
@@ -421,9 +422,12 @@ def draw(name):
     if lines.get("random", math.inf) < 2 * min(shown) - max(shown):  # it would flatten all else
         del lines["random"]
     draw_lines(left.axhline, lines)
-    draw_ends(right, variants, lines)
+    lines |= draw_ends(right, variants, lines)
     left.set_xlabel("updates" if name.startswith(("bc", "gail_offline")) else "environment steps")
     left.set_ylabel(label.replace("success", "laps finished"))
+    if left.dataLim.x1 >= 20 * left.dataLim.x0:  # what happens at the beginning would be squeezed
+        left.set_xscale("log")
+        left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     left.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
     save(figure, name, lines)
 
@@ -435,20 +439,19 @@ def save(figure, name, lines):
     look |= {who: {"color": "gray", "linestyle": STYLES[who], "linewidth": 1} for who in lines}
     entries = [Line2D([], [], **{"color": "black", **how}, label=who) for who, how in look.items()]
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
-    FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
 
 
 def draw_tasks(names, demos="4"):
     """A row for each task and script: how far each seed gets from random to the expert."""
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
     axes, ticks = figure.subplots(), {}
     draw_lines(axes.axvline, {"expert": 100, "solved": 95})
     for k, (name, color) in enumerate(zip(names, COLORS)):
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             task, number = variant.split(", ")
             if number == demos:
-                y = ticks.setdefault(task, -len(ticks)) - 0.25 * (k - 1)
+                y = ticks.setdefault(task, -len(ticks)) - 0.3 * (k - (len(names) - 1) / 2)
                 draw_row(axes, np.clip([share(run) for run in runs], -10, 120), y, color)
         axes.plot([], [], linewidth=3, color=color, label=WORDS[name])
     axes.set_yticks(list(ticks.values()), list(ticks))
@@ -465,7 +468,6 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing, name what differs")
     check = parser.parse_args().check
     pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-    pages = [page for page in pages if page.exists()]
     figures = {m[3] for page in pages for m in BLOCK.finditer(page.read_text()) if m[2] == "figure"}
     stale = [page for page in pages if fill(page) != page.read_text()]
     for page in stale:

@@ -16,9 +16,8 @@ from scripts import PYBULLET, ROOT, environment
 SCRIPTS = [ROOT / "docs" / name.replace(".py", ".md") for name in sync.SCRIPTS]
 COUNTED = [ROOT / "README.md", ROOT / "docs" / "index.md", *SCRIPTS, ROOT / "docs/racecar_env.md"]
 STUDIES = sorted(ROOT.glob("docs/studies/*.md"))
-OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "experts/README.md", "benchmark/README.md")
-OTHERS += ("benchmark/studies/README.md",)
-PAGES = sorted({*COUNTED, *ROOT.glob("docs/**/*.md"), *(ROOT / name for name in OTHERS)})
+FOLDERS = ("", "docs/**/", "experts/", "benchmark/**/")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
 RUN = [*COUNTED, ROOT / "docs/demonstrations.md"]  # whose commands run, in this order
 NOT_RUN = {  # part of a command or of a block: why it is not run here
     "pip install": "installs, from the network",
@@ -127,6 +126,13 @@ def test_every_study_is_listed():
         assert page.name == "index.md" or f"({page.name})" in listed, page
     for page in ROOT.glob("docs/**/*.md"):
         assert f" {page.relative_to(ROOT / 'docs')}\n" in site, page
+
+
+def test_site(tmp_path):
+    """It builds without a warning, where docs/requirements.txt is installed."""
+    pytest.importorskip("material")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    subprocess.run(words, cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
