@@ -145,10 +145,7 @@ def bad_demonstrations():
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    bad_demonstrations(),
-)
+@pytest.mark.parametrize("name", bad_demonstrations())
 def test_bad_demonstrations(name, tmp_path, refused):
     changes, word = bad_demonstrations()[name]
     arrays = {**np.load(demos("Toy-v0")), **changes}
@@ -241,10 +238,8 @@ def test_files_of_the_first_version(case, tmp_path, refused):
 
 def test_an_expert_of_another_task(tmp_path, refused):
     saved = torch.load(expert("ToyBox-v0"), weights_only=True)
-    for changes in (
-        {"env_id": "Pendulum-v1"},
-        {"settings": {**saved["settings"], "low": [0.0, 0.0]}},
-    ):
+    box = {"settings": {**saved["settings"], "low": [0.0, 0.0]}}
+    for changes in ({"env_id": "Pendulum-v1"}, box):
         torch.save({**saved, **changes}, tmp_path / "expert.pt")
         argv = AGGREVATED.argv("--out", tmp_path / "new", "--expert", tmp_path / "expert.pt")
         refused(AGGREVATED, argv, tmp_path / "expert.pt")
@@ -287,9 +282,8 @@ def test_an_existing_folder(case, tmp_path, refused):
 @pytest.mark.parametrize("name", [*REFUSED, "other"])
 def test_tasks_of_other_kinds(case, name, tmp_path, refused):
     if name == "other":
-        name = {OFFLINE: "ToyBox-v0", AGGREVATED: "Toy-v0"}.get(case) or pytest.skip(
-            "it takes both"
-        )
+        name = {OFFLINE: "ToyBox-v0", AGGREVATED: "Toy-v0"}.get(case)
+        name = name or pytest.skip("it takes both")
     given = [] if case.queries else ["--demos", demos(name if "ToyBox" in name else "Toy-v0")]
     argv = case.argv("--out", tmp_path / "new", "--env-id", name, *given)
     refused(case, argv, name)

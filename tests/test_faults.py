@@ -231,9 +231,8 @@ def test_a_link_to_a_script_finds_what_is_shipped(tmp_path):
 def degenerate():
     arrays = demonstrations("Toy-v0")
     rows = np.flatnonzero(arrays["episode_starts"])
-    first = {
-        k: arrays[k][: rows[1]] for k in ("observations", "actions", "episode_starts", "rewards")
-    }
+    columns = ("observations", "actions", "episode_starts", "rewards")
+    first = {name: arrays[name][: rows[1]] for name in columns}
     every = np.ones(len(arrays["actions"]), bool)
     endless = np.full_like(arrays["rewards"], np.inf)
     return {
@@ -251,9 +250,8 @@ def degenerate():
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE], ids=str)
 def test_degenerate_demonstrations(case, name, tmp_path):
     np.savez(tmp_path / "demos.npz", **{**demonstrations("Toy-v0"), **degenerate()[name]})
-    case.run(
-        tmp_path / "run", "--demos", tmp_path / "demos.npz", "--env-id", "Toy-v0", iterations=2
-    )
+    task = ["--demos", tmp_path / "demos.npz", "--env-id", "Toy-v0"]
+    case.run(tmp_path / "run", *task, iterations=2)
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["verdict"] and summary["learner"]["return_mean"] is not None
     if "rewards" in name:

@@ -72,15 +72,14 @@ def test_reinforce_against_enumeration():
     probability = log_probs.sum(0).exp() * moves[first, action, state]
     assert float(probability.sum().detach()) == pytest.approx(1)
     rewards = pays[states, actions]
-    (exact,) = torch.autograd.grad((probability * (rewards[0] + gamma * rewards[1])).sum(), theta,
-                                   retain_graph=True)  # fmt: skip
+    expected = (probability * (rewards[0] + gamma * rewards[1])).sum()
+    (exact,) = torch.autograd.grad(expected, theta, retain_graph=True)
     values, done = baseline[states], torch.tensor([[False], [True]]).expand(2, 8)
     following = torch.stack([values[1], torch.zeros(8)])
     advantages = gail.generalized_advantages(rewards, values, following, done, gamma, 1.0)
     weighted = advantages * torch.tensor([[1.0], [gamma]]) * probability.detach() * 16
-    (found,) = torch.autograd.grad(
-        -gail.reinforce_loss(log_probs.flatten(), weighted.flatten()), theta
-    )
+    loss = gail.reinforce_loss(log_probs.flatten(), weighted.flatten())
+    (found,) = torch.autograd.grad(-loss, theta)
     assert torch.allclose(found, exact, atol=1e-6) and exact.abs().max() > 0.1
 
 
@@ -94,9 +93,8 @@ def test_ppo_clips_as_in_equation_7():
     assert float(loss.detach()) == pytest.approx(-sum(terms) / 6, rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert (gradient == 0).tolist() == [True, False, False, True, False, False]
-    (ours,) = torch.autograd.grad(
-        gail.ppo_loss(log_probs, log_probs.detach(), advantages, 0.2), log_probs
-    )
+    loss = gail.ppo_loss(log_probs, log_probs.detach(), advantages, 0.2)
+    (ours,) = torch.autograd.grad(loss, log_probs)
     (reinforce,) = torch.autograd.grad(gail.reinforce_loss(log_probs, advantages), log_probs)
     assert torch.equal(ours, reinforce)
 
@@ -350,9 +348,8 @@ def test_a_finish_and_a_wall_are_absorbed_apart(case):
     discriminator, pairs = script.Discriminator(8), torch.randn(10, 13)
     longer = discriminator.add_absorbing_pairs(pairs, torch.tensor([True, False]), gamma=0.95)
     assert torch.equal(longer[:10], pairs) and len(longer) == 10 + 2 * 20
-    assert (longer[10:, :12] == 0).all() and sorted(longer[10:, 12].sign().tolist()) == [
-        -1
-    ] * 20 + [1] * 20
+    signs = longer[10:, 12].sign().tolist()
+    assert (longer[10:, :12] == 0).all() and sorted(signs) == [-1] * 20 + [1] * 20
     car = pytest.importorskip("racecar_env")
     controller, env = car.WaypointController(), car.RaceCarEnv()
     for act, success in ((controller, True), (lambda observation: np.array([0, 1.0]), False)):

@@ -140,17 +140,7 @@ def test_actions_are_clipped_to_the_box_or_refused_before_physics_sees_them(make
     for action in ((7, 9), (1, 1), (-3, -2), (-1, 0), (0.5, 1.5), (0.5, 1)):
         env.reset(seed=0)
         if len(traces) % 2:
-            for bad in (
-                [np.nan, 0],
-                [0, np.inf],
-                [0],
-                [0, 0, 0],
-                [[0, 0]],
-                0.5,
-                None,
-                "ab",
-                [1j, 0],
-            ):
+            for bad in ([np.nan, 0], [0, np.inf], [0], [0] * 3, [[0, 0]], 0.5, None, "ab", [1j, 0]):
                 with pytest.raises(ValueError, match="action must be 2 finite numbers"):
                     env.step(bad)
         traces.append(drive(env, [action] * 12))
@@ -243,9 +233,8 @@ def test_what_is_drawn_changes_no_physics(make):
         for env in (close, far):
             assert rollout(env, seed) == moved
             pictures.append(env.render())
-            assert drive(env, random_actions(9, 50)) == drive(
-                copy.copy(plain), random_actions(9, 50)
-            )
+            other, actions = copy.copy(plain), random_actions(9, 50)
+            assert drive(env, actions) == drive(other, actions)
     assert {picture.shape for picture in pictures} == {(48, 64, 3)}
     assert (pictures[0] != pictures[1]).mean() > 0.1
     marks = set(map(close.physics.getBodyUniqueId, range(close.physics.getNumBodies())))

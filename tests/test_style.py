@@ -11,16 +11,8 @@ import sync
 from packaging.requirements import Requirement
 from scripts import CASES, RACECAR, ROOT, environment
 
-COMMON = {
-    "--env-id",
-    "--seed",
-    "--out",
-    "--resume",
-    "--evaluate",
-    "--eval-every",
-    "--eval-episodes",
-}
-COMMON |= {"--total-steps", "--capture-video", "--device", "--no-progress", "--help"}
+COMMON = "env-id seed out resume evaluate eval-every eval-episodes total-steps capture-video device"
+COMMON = {f"--{name}" for name in f"{COMMON} no-progress help".split()}
 INDIRECT = {"pybullet": "racecar_env", "moviepy": "RecordVideo", "tensorboard": "torch"}
 
 
@@ -59,13 +51,8 @@ def test_docstring(source):
 def test_help_shows_every_flag(source):
     """In a process of its own: a script starts from anywhere."""
     command = [sys.executable, str(source), "--help"]
-    settings = {
-        "env": environment(COLUMNS="1000"),
-        "cwd": "/",
-        "capture_output": True,
-        "text": True,
-    }
-    done = subprocess.run(command, check=True, **settings)
+    settings = {"env": environment(COLUMNS="1000"), "cwd": "/", "text": True}
+    done = subprocess.run(command, check=True, capture_output=True, **settings)
     text = source.read_text()
     flags = set(re.findall(r'\bflag\(\s*"(--[\w-]+)"', text)) | {"--help"}
     assert flags >= COMMON and not done.stderr
@@ -75,9 +62,8 @@ def test_help_shows_every_flag(source):
 
 
 def test_every_tag_is_documented(source):
-    tags = set(
-        re.findall(r'"((?:charts|losses|discriminator|eval|accuracy)/\w+)"', source.read_text())
-    )
+    tag = r'"((?:charts|losses|discriminator|eval|accuracy)/\w+)"'
+    tags = set(re.findall(tag, source.read_text()))
     page = (ROOT / "docs" / f"{source.stem}.md").read_text()
     assert tags and not {tag for tag in tags if tag not in page}
 
