@@ -57,10 +57,11 @@ def pair(task, learner, seed, python, folder):
     for library, summary in (("here", here), ("imitation", there)):
         at = solved_point(summary, low + 0.95 * (high - low)) or {}
         reached = summary["learner"]["return_mean"]
-        row = {"task": task, "learner": learner, "seed": seed, "library": library}
+        row = {"variant": task, "algorithm": learner, "library": library, "seed": seed}
         row |= {"return_mean": reached, "share": (reached - low) / (high - low)}
         row |= {"seconds": summary["wall_seconds"], "solved_at_seconds": at.get("wall_seconds")}
-        rows.append({**row, "solved_at_steps": at.get("steps"), "versions": summary["versions"]})
+        row |= {"steps": summary["curve"][-1]["steps"], "solved_at_steps": at.get("steps")}
+        rows.append({**row, "versions": summary["versions"]})
     return rows
 
 
