@@ -3,6 +3,8 @@
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py                     (about a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --leak 1000         (a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --expert 200        (two minutes)
+    pip install highway-env                                                 (for the next)
+    OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --others 20         (a minute)
 
 Random actions with resets, on one core except `async_steps_per_second`. It reports the best of
 several repetitions and the median: other work on the machine can only slow them down.
@@ -18,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -149,15 +152,39 @@ def expert(count: int) -> list[dict]:
     return rows
 
 
+def others(rounds: int) -> dict:
+    """Steps per CPU second of driving environments, in turns, without pictures for a person."""
+    import highway_env
+
+    gym.register_envs(highway_env)
+    counts = {"RaceCar-v0": 1_000, "racetrack-v0": 20, "CarRacing-v3": 100}
+    envs = {name: gym.make(name, disable_env_checker=True) for name in counts}
+    rows = {name: [] for name in counts}
+    for _ in range(rounds):
+        for name, env in envs.items():
+            env.reset(seed=0)
+            env.action_space.seed(0)
+            start = time.process_time()
+            for _ in range(counts[name]):
+                _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+                if terminated or truncated:
+                    env.reset()
+            rows[name].append(time.process_time() - start)
+    return {name: best_and_median(seconds, counts[name]) for name, seconds in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--leak", type=int, metavar="N", help="only open and close N environments")
     parser.add_argument("--expert", type=int, metavar="N", help="only drive N laps of each expert")
+    parser.add_argument("--others", type=int, metavar="N", help="only compare, in N rounds")
     args = parser.parse_args()
     if args.leak:
         result = leak(args.leak)
     elif args.expert:
         result = expert(args.expert)
+    elif args.others:
+        result = others(args.others)
     else:
         result = {
             "cores": len(os.sched_getaffinity(0)),
