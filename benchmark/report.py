@@ -47,6 +47,10 @@ ROWS = {  # what a compact table of several experiments calls each of them
     "gail_racecar_cloning": "cloning alone",
     "aggrevated_bipedal_weak": "weak expert",
     "aggrevated_bipedal_no_advantage": "weak expert",
+    "aggrevated_bipedal_level": "weak expert",
+    "aggrevated_bipedal_level_controls": "weak expert",
+    "aggrevated_hopper": "Hopper",
+    "aggrevated_hopper_controls": "Hopper",
     "aggrevated_bipedal_good": "good expert",
     "aggrevated_bipedal_hardcore": "hardcore course",
 }
