@@ -126,7 +126,7 @@ def main():
             command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *args.tests]
             done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         found = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        if done.returncode != 1:
+        if not found:
             missed.append(name)
         print(f"{name} ({scripts} scripts): {(found or ['NOT FOUND'])[0]}", flush=True)
     print(f"{len(missed)} not found: {'; '.join(missed)}" if missed else "all are found")

@@ -18,21 +18,22 @@ STOPS = [(case, signal.SIGKILL) for case in CASES]
 STOPS += [(REINFORCE, signal.SIGTERM), (DAGGER, signal.SIGINT)]
 
 
-def wait(process, folder):
-    """Until it has evaluated, and a little longer."""
-    while not (folder / "policy.pt").exists():
+def wait(process, path, least):
+    """Until this file has been written, and a little longer."""
+    while not path.exists():
         assert process.is_alive()
         time.sleep(0.01)
-    time.sleep(random.uniform(0.0, 0.3))
+    time.sleep(least + random.uniform(0.0, 0.3))
 
 
 @pytest.mark.parametrize("case, how", STOPS, ids=lambda x: getattr(x, "name", x))
 def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     folder = tmp_path / "a run's folder"
     assert case.module  # imported before it forks
-    process = case.fork(*case.argv("--out", folder, iterations=10**6))
+    flags = [] if how == signal.SIGKILL else ["--eval-every", 10**9]  # saved for the signal alone
+    process = case.fork(*case.argv("--out", folder, *flags, iterations=10**6))
     try:
-        wait(process, folder)
+        wait(process, folder / ("checkpoint.pt" if flags else "policy.pt"), 1.5 * bool(flags))
         os.kill(process.pid, how)
         process.join(60)
     finally:
@@ -42,12 +43,13 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     if how == signal.SIGKILL:
         assert process.exitcode == -how and not errors
     else:
-        assert process.exitcode == 128 + how and steps % case.every == 0  # the iteration ended
+        assert process.exitcode == 128 + how
+        assert steps % case.every == 0 < steps  # the iteration ended
         (line,) = errors.splitlines()
         assert line.endswith(shlex.join(["--resume", str(folder)]))
     budget = ["--total-steps", steps + 1]
     assert case.main("--resume", folder, *budget) == 0
-    assert same(weights(folder), case.run(tmp_path / "never stopped", *budget))
+    assert same(weights(folder), case.run(tmp_path / "never stopped", *budget, *flags))
 
 
 def test_the_command_that_is_printed_can_be_pasted(tmp_path):
