@@ -462,7 +462,7 @@ def draw_tasks(names, demos="4"):
     xlabel = "share of the way from random to the expert, % (outside: at the edge)"
     axes.set(xlim=(-12, 122), xlabel=xlabel)
     axes.set_title(f"{demos} demonstrations, five seeds, no setting chosen for a task", fontsize=10)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper left")
     save(figure, "tasks", ["expert", "solved"])
 
 
