@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py                     (about a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --leak 1000         (a minute)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --expert 200        (two minutes)
+    OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --memory 10         (seconds)
     pip install highway-env                                                 (for the next)
     OMP_NUM_THREADS=1 python benchmark/racecar_speed.py --others 20         (a minute)
 
@@ -152,6 +153,30 @@ def expert(count: int) -> list[dict]:
     return rows
 
 
+def memory(count: int) -> dict:
+    """Resident megabytes that one more physics client takes, empty and as an environment."""
+
+    def client() -> int:
+        return pybullet.connect(pybullet.DIRECT)
+
+    def environment() -> RaceCarEnv:
+        env = RaceCarEnv()
+        env.reset(seed=0)
+        return env
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    result, kept = {}, []
+    for make in (client, environment):
+        kept.append(make())  # what only the first one needs
+        before = resident()
+        kept += [make() for _ in range(count)]
+        result[make.__name__] = round((resident() - before) / count, 1)
+    return result
+
+
 def others(rounds: int) -> dict:
     """Steps per CPU second of driving environments, in turns, without pictures for a person."""
     import highway_env
@@ -177,12 +202,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--leak", type=int, metavar="N", help="only open and close N environments")
     parser.add_argument("--expert", type=int, metavar="N", help="only drive N laps of each expert")
+    parser.add_argument("--memory", type=int, metavar="N", help="only measure N environments'")
     parser.add_argument("--others", type=int, metavar="N", help="only compare, in N rounds")
     args = parser.parse_args()
     if args.leak:
         result = leak(args.leak)
     elif args.expert:
         result = expert(args.expert)
+    elif args.memory:
+        result = memory(args.memory)
     elif args.others:
         result = others(args.others)
     else:
