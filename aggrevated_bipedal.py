@@ -87,7 +87,7 @@ def add_settings(parser, argv):
     """The algorithm's flags. `number`, `load_policy` and `Run` are in the harness."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
-    shipped = "weak or good (shipped for the walkers), or a .pt of this script or experts/"
+    shipped = "weak, good or half, where experts/ has one for the task; or a .pt of this script"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
