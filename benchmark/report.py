@@ -297,7 +297,7 @@ def tasks(names, page):
             line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
     command = f"python benchmark/run.py {' '.join(names)}"
     pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
-    ordered = sorted(lines, key=lambda row: (pairs in row[1], int(row[1].split()[0])))
+    ordered = sorted(lines, key=lambda row: (pairs in row[1], int(re.match(r"\d+", row[1])[0])))
     return f"{markdown(lines[row] for row in ordered)}\n{made_by(command, names, page)}"
 
 
