@@ -79,7 +79,7 @@ LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the g
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
-REINFORCE = {"total_steps": 500_000, "schedule": 500_000, "num_envs": 8, "num_steps": 125}
+REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
 # Rewards that do not know the expert: 1; an untrained D's; that of a D that was shown the expert's
 # states with its actions shuffled.
@@ -94,7 +94,7 @@ def add_settings(parser, argv):
         "--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="how step 4 is done"
     )
     flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
-    flag("--schedule", type=number(int, 1), default=100_000, help="steps until step sizes are low")
+    flag("--schedule", type=number(int, 1), help="steps until step sizes are low; None: the budget")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's step size at first")
@@ -121,9 +121,10 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="use with --bc-weight 0")
-    # Only defaults: a flag that the user gives still wins.
+    # Only defaults: a flag that the user gives still wins. A resumed run keeps its schedule.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
+    parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -291,8 +292,14 @@ def reinforce_loss(log_probs, advantages):
 
 
 def behavioural_cloning_loss(policy, observations, actions):
-    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ()."""
-    return -policy(observations).log_prob(actions).mean()
+    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ().
+
+    A Gaussian's deviation is taken as given. Learnt from a few pairs by heart, it would fall to
+    LEAST_STD, and the policy would try nothing new."""
+    new = policy(observations)
+    if not policy.discrete:
+        new = Independent(Normal(new.mean, new.stddev.detach(), validate_args=False), 1)
+    return -new.log_prob(actions).mean()
 
 
 def recent_average(average, weights, averaged):
@@ -446,6 +453,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
             loss = policy_loss + value_loss - args.entropy * new.entropy().mean()
             descend(optimizer, loss + cloning_loss())
     with torch.no_grad():
+        if not policy.discrete:
+            policy.log_std.clamp_(max=0)  # wider than the box's half, most actions are clipped
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
     return {

@@ -76,13 +76,14 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-steps", type=number(int, 1), default=4_000, help="updates of D, in all")
-    fall = "updates of D over which both step sizes fall"
-    flag("--schedule", type=number(int, 1), default=4_000, help=fall)
+    fall = "updates of D over which both step sizes fall; None: the budget"
+    flag("--schedule", type=number(int, 1), help=fall)
     flag("--batch-size", type=number(int, 1), default=64, help="expert states per step")
     flag("--policy-lr", type=number(float, 0), default=1e-2, help="Adam's first step size")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="per discriminator update")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
+    parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
 # --- networks and mathematics ---------------------------------------------------------------------

@@ -91,8 +91,8 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=300_000, help="environment steps, in all")
-    schedule = "steps over which the actions' deviation and the policy's and D's step sizes fall"
-    flag("--schedule", type=number(int, 1), default=300_000, help=schedule)
+    schedule = "steps in which the actions' deviation and both step sizes fall; None: the budget"
+    flag("--schedule", type=number(int, 1), help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each in a rollout")
     flag("--policy-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
@@ -118,6 +118,7 @@ def add_settings(parser, argv):
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
     controls = "take what the expert teaches out of the reward; cloning stays: add --bc-weight 0"
     flag("--control", choices=CONTROLS, default="none", help=controls)
+    parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
 # --- networks -------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps, in all")
-    schedule = "steps over which the actions' deviation and the policy's and D's step sizes fall"
-    flag("--schedule", type=number(int, 1), default=2_000_000, help=schedule)
+    schedule = "steps in which the actions' deviation and both step sizes fall; None: two budgets"
+    flag("--schedule", type=number(int, 1), help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each in a rollout")
     flag("--policy-lr", type=number(float, 0), default=4e-4, help="Adam's first step size")
@@ -114,6 +114,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
     flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
+    parser.set_defaults(schedule=2 * parser.parse_known_args(argv)[0].total_steps)
 
 
 # --- networks -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ SCRIPTS = [f"{name}.py" for name in (
     "gail_racecar_ppo", "gail_racecar_reinforce", "aggrevated_bipedal",
 )]  # fmt: skip
 BANNER = "# The harness: "
-OWN = {"train", "add_settings", "diagnose", "update_policy"}
+OWN = {"train", "add_settings", "diagnose", "update_policy", "behavioural_cloning_loss"}
 PER_TASK = {"Policy", "Discriminator", "gradient_penalty"}
 ASKING = {"aggrevated_bipedal.py"}
 OWN_HARNESS = {

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scripts import OFFLINE, PPO, PYBULLET, RACECAR
+from scripts import OFFLINE, PPO, PYBULLET, RACECAR, REINFORCE
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
 from written import checkpoint, same, weights
@@ -147,6 +147,34 @@ def test_a_policy_over_a_box():
     assert np.allclose(policy.act(seen.numpy()), policy.to_env(mean.detach()))
     draws = policy.act(np.zeros((4000, 3)), sample=True)
     assert draws.std(0)[0] > 0.1 and (draws >= [-1, 0]).all() and (draws <= [1, 4]).all()
+
+
+def test_cloning_beside_ppo_moves_the_means_of_a_gaussian_alone():
+    policy, seen, taken = box_policy(), torch.randn(20, 3), torch.rand(20, 2) * 2 - 1
+    layers = list(policy.network.parameters())
+    exact = -policy(seen).log_prob(taken).mean()
+    loss = gail.behavioural_cloning_loss(policy, seen, taken)
+    assert torch.allclose(loss, exact, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(x, layers, retain_graph=True) for x in (loss, exact))
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(ours, theirs))
+    assert torch.autograd.grad(loss, policy.log_std, allow_unused=True) == (None,)
+
+
+def test_a_gaussian_does_not_grow_wider_than_the_box(tmp_path):
+    flags = ["--entropy", 100, "--policy-lr", 0.3, "--policy-gradient", "ppo"]
+    REINFORCE.run(tmp_path / "run", *flags)
+    std = checkpoint(tmp_path / "run")["parts"]["policy"]["log_std"]
+    assert (std > -0.1).all() and (std <= 0).all()
+
+
+@pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR[:1]], ids=str)
+def test_step_sizes_fall_over_the_first_budget(case, tmp_path):
+    """A run that is resumed keeps its own schedule."""
+    parse = case.module.parse_args
+    assert parse(["--total-steps", "777"]).schedule == 777
+    assert parse(["--total-steps", "777", "--schedule", "5"]).schedule == 5
+    case.run(tmp_path / "run", "--schedule", 778, iterations=1)
+    assert parse(["--resume", str(tmp_path / "run"), "--total-steps", "9999"]).schedule == 778
 
 
 def test_observations_are_standardised_and_a_constant_is_only_shifted():
