@@ -29,7 +29,7 @@ def complete(process):
 # --- a loss that is not finite, a disk that is full -----------------------------------------------
 
 BROKEN = {
-    REINFORCE: ["--policy-lr", 1e9, "--bc-weight", 0],
+    REINFORCE: ["--policy-gradient", "ppo", "--policy-lr", 1e9],
     AGGREVATED: ["--env-id", "toys:BlindBox-v0", "--expert", expert("BlindBox-v0")],
 }
 
