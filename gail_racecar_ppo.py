@@ -91,7 +91,7 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=300_000, help="environment steps, in all")
-    schedule = "steps in which the actions' deviation and both step sizes fall; None: the budget"
+    schedule = "steps until the deviation, policy's and D's step sizes are low; None: the budget"
     flag("--schedule", type=number(int, 1), help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=256, help="steps of each in a rollout")

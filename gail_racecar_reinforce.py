@@ -89,7 +89,7 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=number(int, 1), default=1_000_000, help="environment steps, in all")
-    schedule = "steps in which the actions' deviation and both step sizes fall; None: two budgets"
+    schedule = "steps until the deviation, policy's and D's step sizes are low; None: two budgets"
     flag("--schedule", type=number(int, 1), help=schedule)
     flag("--num-envs", type=number(int, 1, 500), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each in a rollout")
