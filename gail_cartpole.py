@@ -23,8 +23,9 @@ Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient
 keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
 critic that fall; (4) the entropy bonus is not discounted, and stands beside normalised advantages;
 (5) the mean of the policies' weights is kept, not the last policy; (6) reward forms other than
-`gail`, the paper's, and a reward for what follows a termination (--absorbing); (7) cloning's loss
-beside the policy's: --bc-weight 0 leaves it out.
+`gail`, the paper's, and a reward for what follows a termination (--absorbing), with a D that
+learns from the last ten rollouts; (7) cloning's loss beside the policy's: --bc-weight 0 leaves it
+out.
 """
 
 # /// script
@@ -55,7 +56,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import namedtuple
+from collections import deque, namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -75,6 +76,7 @@ from tqdm import tqdm
 
 # From the harness, below: number, say, Failed, EVALUATION_SEEDS, tensors, Run.
 SCRIPT = "gail_cartpole"  # names files and folders
+RECENT = 10  # rollouts that D learns from where there is an absorbing state; else from the last
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
@@ -105,7 +107,7 @@ def add_settings(parser, argv):
     flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
     flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one update")
     flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--entropy", type=number(float, 0), default=0.03, help="weight of the policy's entropy")
+    flag("--entropy", type=number(float, 0), default=0.03, help="its weight, of Discrete actions")
     flag(
         "--bc-weight", type=number(float, 0), default=1.0, help="cloning's, at first; 0: pure GAIL"
     )
@@ -224,9 +226,12 @@ class Discriminator(nn.Module):
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
     def absorbing_pairs(self, pairs):
-        """What follows if an episode terminates at these pairs: their observations, zeros for the
-        action, the flag. So D can tell a crash from a landing. (..., size of a pair) -> the same"""
-        observations = pairs[..., : -1 - self.action_size]
+        """What follows if an episode terminates at these pairs: their observations made small,
+        zeros for the action, the flag. (..., size of a pair) -> the same
+
+        So D can tell a crash from a landing, but hardly a landing from another. In full size it
+        would know the expert's few ends by heart, and pay for no other: a policy avoids to end."""
+        observations = 0.3 * pairs[..., : -1 - self.action_size]
         return F.pad(F.pad(observations, (0, self.action_size)), (0, 1), value=1.0)
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
@@ -237,6 +242,17 @@ class Discriminator(nn.Module):
         DAC (Kostrikov et al. 2019, algorithm 1) there is one copy, the same everywhere."""
         after = self.absorbing_pairs(pairs[terminated])
         return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
+
+
+class Recent(deque):
+    """Pairs of the last rollouts, as a part of a checkpoint. How many episodes end in a single
+    rollout is chance: from it alone D would find ends common or rare, and pay little or much."""
+
+    def state_dict(self):
+        return {"pairs": list(self)}
+
+    def load_state_dict(self, state):
+        self.extend(state["pairs"])
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -426,6 +442,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     DEVIATION (7): beside this loss stands cloning's, with a weight that falls (as in Jena et al.
     2020, where the other's rises meanwhile). By GAIL alone a policy finds the expert's actions by
     chance; by cloning alone it errs where the expert never was."""
+    # A Gaussian's entropy has no upper end: paid for it, most actions soon lie outside the box.
+    entropy_weight = args.entropy * policy.discrete
 
     def cloning_loss():
         if not bc_weight:
@@ -439,7 +457,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     if args.policy_gradient == "reinforce":
         new = policy(observations)
         policy_loss = reinforce_loss(new.log_prob(actions), advantages)
-        descend(optimizer, policy_loss + cloning_loss() - args.entropy * new.entropy().mean())
+        descend(optimizer, policy_loss + cloning_loss() - entropy_weight * new.entropy().mean())
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
@@ -450,11 +468,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
             log_probs = new.log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             # The critic shares no weights with the policy: its loss needs no coefficient.
-            loss = policy_loss + value_loss - args.entropy * new.entropy().mean()
+            loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
             descend(optimizer, loss + cloning_loss())
     with torch.no_grad():
-        if not policy.discrete:
-            policy.log_std.clamp_(max=0)  # wider than the box's half, most actions are clipped
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
     return {
@@ -511,6 +527,7 @@ def train(args):
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
+    parts["recent"] = recent = Recent(maxlen=RECENT)
     run.start(**parts)  # what a checkpoint holds; --resume: loads them
 
     while run.steps < args.total_steps:
@@ -529,7 +546,9 @@ def train(args):
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
             terminated = batch["terminated"].flatten()
-            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
+            longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
+            recent.append(longer.cpu())
+            policy_pairs = torch.cat(list(recent)).to(args.device)
 
         # 2. Train the discriminator.
         losses = {}

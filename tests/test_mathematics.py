@@ -160,11 +160,16 @@ def test_cloning_beside_ppo_moves_the_means_of_a_gaussian_alone():
     assert torch.autograd.grad(loss, policy.log_std, allow_unused=True) == (None,)
 
 
-def test_a_gaussian_does_not_grow_wider_than_the_box(tmp_path):
-    flags = ["--entropy", 100, "--policy-lr", 0.3, "--policy-gradient", "ppo"]
-    REINFORCE.run(tmp_path / "run", *flags)
-    log_std = checkpoint(tmp_path / "run")["parts"]["policy"]["log_std"]
-    assert (log_std > -0.1).all() and (log_std <= 0).all()
+@pytest.mark.parametrize("way", ["ppo", "reinforce"])
+def test_only_discrete_actions_get_an_entropy_bonus(way, tmp_path):
+    """A Gaussian's entropy has no upper end: by a bonus its actions would leave the box."""
+    for case, box in ((PPO, False), (REINFORCE, True)):
+        found = []
+        for weight in (0, 100):
+            folder = tmp_path / f"{box}{weight}"
+            case.run(folder, "--policy-gradient", way, "--entropy", weight)
+            found.append(checkpoint(folder)["parts"]["policy"]["network.0.weight"])
+        assert torch.equal(*found) == box
 
 
 @pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR * PYBULLET], ids=str)
@@ -222,13 +227,14 @@ def test_what_a_discriminator_sees(make):
 
 
 def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
-    """1 + gamma + gamma^2 + ... for each end; they know the last observation, not the action."""
+    """1 + gamma + gamma^2 + ... for each end; they know the last observation, made small, and no
+    action."""
     discriminator = gail.Discriminator(discrete_policy(), 8)
     pairs, ends = torch.randn(10, 8), torch.arange(10) % 4 == 3
     longer = discriminator.add_absorbing_pairs(pairs, ends, gamma=0.95)
     assert len(longer) == 10 + 2 * 20 and torch.equal(longer[:10], pairs)
     for last in (3, 7):
-        after = torch.tensor([*pairs[last, :3], 0, 0, 0, 0, 1.0])
+        after = torch.tensor([*(0.3 * pairs[last, :3]), 0, 0, 0, 0, 1.0])
         assert (longer[10:] == after).all(-1).sum() == 20
     assert torch.equal(discriminator.add_absorbing_pairs(pairs, ends & False, 0.95), pairs)
 
