@@ -393,40 +393,35 @@ def load_demos(args, inputs, low, high):
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
     check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
     with explained(path), np.load(path, allow_pickle=False) as file:
+
+        def column(name, kind, *shape):
+            with explained(name):
+                values = file[name].astype(kind, casting="same_kind")
+                check(values.shape == shape, f"{values.shape}, expected {shape}")
+                return values
+
         check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
         same = recorded.rsplit("-v", 1)[0] == wanted.rsplit("-v", 1)[0]
         check(same, f"demonstrations of {recorded}, expected {wanted}")
-        size, starts = len(file["actions"]), np.flatnonzero(file["episode_starts"])
-        cut = low.shape and file["actions"].dtype.kind != "f"  # a recorder's mistake
-        check(not cut, "actions: integers, expected floats for a Box")
-        expected = {
-            "observations": (np.float32, (size, inputs)),
-            "actions": (np.float32 if low.shape else np.int64, (size, *low.shape)),
-            "rewards": (np.float64, (size,)),  # optional, and only for the summary
-            "episode_starts": (bool, (size,)),
-            "terminated": (bool, starts.shape),
-        }
-        unknown = np.full(size, np.nan)
-        data = {
-            "rewards": unknown,
-            "is_success": unknown,
-            **{k: file[k] for k in expected if k in file},
-        }
-        for name, (kind, shape) in expected.items():
-            with explained(name):
-                data[name] = data[name].astype(kind, casting="same_kind")
-                check(data[name].shape == shape, f"{data[name].shape}, expected {shape}")
-        check(np.isfinite(data["observations"]).all(), "observations that are NaN or infinite")
-        inside = (low <= data["actions"]) & (data["actions"] <= high)
+        size, whole = len(file["actions"]), file["actions"].dtype.kind != "f"
+        check(not (low.shape and whole), "actions: integers, expected floats for a Box")
+        actions = column("actions", np.float32 if low.shape else np.int64, size, *low.shape)
+        inside = (low <= actions) & (actions <= high)
         check(inside.all(), f"actions out of range, expected {low} to {high}")
-        check(0 in starts, "no episode starts in the first row, expected one")
-        check(args.num_demos <= len(starts), f"--num-demos {args.num_demos} of {len(starts)}")
+        observations = column("observations", np.float32, size, inputs)
+        check(np.isfinite(observations).all(), "observations that are NaN or infinite")
+        starts = column("episode_starts", bool, size)
+        check(size and starts[0], "no episode starts in the first row, expected one")
+        ends = column("terminated", bool, int(starts.sum()))
+        check(args.num_demos <= len(ends), f"--num-demos {args.num_demos} of {len(ends)}")
+        unknown = np.full(size, np.nan)
+        rewards = column("rewards", float, size) if "rewards" in file else unknown
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
-    episode_of = np.cumsum(data["episode_starts"]) - 1  # each row's
-    data["terminated"] = data["terminated"][episode_of] & np.roll(data["episode_starts"], -1)
-    columns = [np.split(data[name], starts[1:]) for name in Episode._fields]
+    terminated = ends[np.cumsum(starts) - 1] & np.roll(starts, -1)
+    columns = observations, actions, rewards, terminated, unknown
+    columns = [np.split(values, np.flatnonzero(starts)[1:]) for values in columns]
     episodes = [Episode(*x) for x in zip(*columns)]
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng, chosen = np.random.default_rng(args.seed), []
