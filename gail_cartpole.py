@@ -12,7 +12,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        the same, with uv
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        shipped, too; by uv
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
@@ -24,8 +24,8 @@ keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step
 critic that fall; (4) the entropy bonus is not discounted, and stands beside normalised advantages;
 (5) the mean of the policies' weights is kept, not the last policy; (6) reward forms other than
 `gail`, the paper's, and a reward for what follows a termination (--absorbing), with a D that
-learns from the last ten rollouts; (7) cloning's loss beside the policy's: --bc-weight 0 leaves it
-out.
+learns from the last ten rollouts; (7) by default cloning's loss stands beside the policy's, and its
+weight falls from 1 to 0.02: --bc-weight 0 is GAIL alone.
 """
 
 # /// script
@@ -74,55 +74,51 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: number, say, Failed, EVALUATION_SEEDS, tensors, Run.
+# From the harness, below, come number, say, Failed, EVALUATION_SEEDS, tensors and Run.
+
 SCRIPT = "gail_cartpole"  # names files and folders
-RECENT = 10  # rollouts that D learns from where there is an absorbing state; else from the last
+RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
+END_SCALE = 0.3  # what the absorbing state keeps of the last observation: so D learns none by heart
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
-# Rewards that do not know the expert: 1; an untrained D's; that of a D that was shown the expert's
-# states with its actions shuffled.
+# Rewards of 1; of a D that is never trained; of a D that saw the expert's actions in other states.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
     """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
     parser.set_defaults(env_id="CartPole-v1")
+    count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
-    flag(
-        "--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="how step 4 is done"
-    )
-    flag("--total-steps", type=number(int, 1), default=100_000, help="environment steps, in all")
-    flag("--schedule", type=number(int, 1), help="steps until step sizes are low; None: the budget")
+    flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
+    flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
+    flag("--schedule", type=count, help="steps until step sizes are low; None: as --total-steps")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
-    flag("--policy-lr", type=number(float, 0), default=3e-3, help="Adam's step size at first")
-    flag("--critic-lr", type=number(float, 0), default=3e-3, help="the same for the critic")
+    flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
+    flag("--critic-lr", type=real, default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
-    flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one update")
-    flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--entropy", type=number(float, 0), default=0.03, help="its weight, of Discrete actions")
-    flag(
-        "--bc-weight", type=number(float, 0), default=1.0, help="cloning's, at first; 0: pure GAIL"
-    )
+    flag("--epochs", type=count, default=10, help="passes over each rollout")
+    flag("--minibatch-size", type=count, default=256, help="pairs in one update")
+    flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
+    flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
+    flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = (
-        "after a termination: D's reward for ever, not 0; auto: yes if a demonstration terminates"
-    )
+    ends = "after a termination: D's reward for ever, not 0; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
-    flag("--discriminator-updates", type=number(int, 1), default=20, help="for each rollout")
-    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
-    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="step size of Adam")
-    flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="use with --bc-weight 0")
+    flag("--discriminator-updates", type=count, default=20, help="for each rollout")
+    flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
+    flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
+    flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
+    flag("--control", choices=CONTROLS, default="none", help="no teacher; use with --bc-weight 0")
     # Only defaults: a flag that the user gives still wins. A resumed run keeps its schedule.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
@@ -183,7 +179,7 @@ class Policy(nn.Module):
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
         std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
-        return Independent(Normal(outputs, std, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(outputs, std, validate_args=False), 1)
 
     @torch.no_grad()
     def act(self, observations, sample=False):
@@ -229,24 +225,25 @@ class Discriminator(nn.Module):
         """What follows if an episode terminates at these pairs: their observations made small,
         zeros for the action, the flag. (..., size of a pair) -> the same
 
-        So D can tell a crash from a landing, but hardly a landing from another. In full size it
-        would know the expert's few ends by heart, and pay for no other: a policy avoids to end."""
-        observations = 0.3 * pairs[..., : -1 - self.action_size]
-        return F.pad(F.pad(observations, (0, self.action_size)), (0, 1), value=1.0)
+        So D can tell a crash from a landing, but hardly one landing from another. In full size it
+        would know the expert's few ends by heart, and pay for no other: a policy would not end."""
+        after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
+        after[..., -1] = 1.0
+        return after
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Add what follows each termination: (n, size), (n,) bool -> (more, size).
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps: D sees that many copies. Other pairs count once, undiscounted. In
-        DAC (Kostrikov et al. 2019, algorithm 1) there is one copy, the same everywhere."""
+        = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), of all other pairs
+        one. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
         after = self.absorbing_pairs(pairs[terminated])
         return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
 
 
 class Recent(deque):
-    """Pairs of the last rollouts, as a part of a checkpoint. How many episodes end in a single
-    rollout is chance: from it alone D would find ends common or rare, and pay little or much."""
+    """Pairs of the last rollouts; a part of a checkpoint. How many episodes end in one rollout is
+    chance: from it alone D would find ends rare or common, and pay for them much or little."""
 
     def state_dict(self):
         return {"pairs": list(self)}
@@ -439,9 +436,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION (7): beside this loss stands cloning's, with a weight that falls (as in Jena et al.
-    2020, where the other's rises meanwhile). By GAIL alone a policy finds the expert's actions by
-    chance; by cloning alone it errs where the expert never was."""
+    DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
+    of GAIL's loss rises meanwhile). By GAIL alone a policy finds the expert's actions by chance; by
+    cloning alone it errs where the expert never was."""
     # A Gaussian's entropy has no upper end: paid for it, most actions soon lie outside the box.
     entropy_weight = args.entropy * policy.discrete
 
@@ -460,16 +457,15 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         descend(optimizer, policy_loss + cloning_loss() - entropy_weight * new.entropy().mean())
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
-            value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            if args.policy_gradient == "reinforce":
-                descend(optimizer, value_loss)  # the policy has no gradient here: Adam skips it
-                continue
-            new = policy(observations[rows])
-            log_probs = new.log_prob(actions[rows])
-            policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
-            # The critic shares no weights with the policy: its loss needs no coefficient.
-            loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
-            descend(optimizer, loss + cloning_loss())
+            loss = value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
+            if args.policy_gradient == "ppo":
+                new = policy(observations[rows])
+                log_probs = new.log_prob(actions[rows])
+                policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
+                # The critic shares no weights with the policy: its loss needs no coefficient.
+                loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
+                loss = loss + cloning_loss()
+            descend(optimizer, loss)  # REINFORCE: the critic's; Adam skips what has no gradient
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -501,6 +497,7 @@ def train(args):
 
     Run reads the demonstrations, seeds torch, and keeps count of the steps."""
     run = Run(args)
+    # (pairs, ...) each. `ends` says where a demonstration terminates; rewards are not read.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
@@ -508,7 +505,7 @@ def train(args):
     average = AveragedModel(policy, avg_fn=recent_average)
     critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
     critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
-    critic = critic.to(args.device)
+    critic.to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -519,8 +516,8 @@ def train(args):
         expert_actions = expert_actions[torch.randperm(len(expert_actions))]
     expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
-    terminating = bool(ends.any())  # does any demonstration terminate?  ends: (pairs,)
-    absorbing = args.absorbing == "yes" or (args.absorbing == "auto" and terminating)
+    terminating = bool(ends.any())  # does any demonstration terminate?
+    absorbing = terminating if args.absorbing == "auto" else args.absorbing == "yes"
     absorbing = absorbing and args.control != "constant-reward"  # its reward is not D's
     if absorbing:
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
@@ -536,8 +533,8 @@ def train(args):
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * share
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy reached every
-        # state. Then no episode is longer than --num-steps, in the log either.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy, and no earlier
+        # one, leads to every state. It sees, and logs, no episode longer than --num-steps.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -573,7 +570,7 @@ def train(args):
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
-            expert_logits = discriminator(expert_pairs[: len(ends)])  # without absorbing pairs
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not what follows
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.

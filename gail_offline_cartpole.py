@@ -140,7 +140,7 @@ class Policy(nn.Module):
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
         std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
-        return Independent(Normal(outputs, std, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(outputs, std, validate_args=False), 1)
 
     @torch.no_grad()
     def act(self, observations, sample=False):
