@@ -3,11 +3,11 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end, so that the rewards after the switch are its own,
+       there the expert walks to the end, so that Q* learns what it can still save,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
-DAgger (Ross et al. 2011) imitates the expert's actions in these states: `--algorithm dagger`.
+DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --total-steps 2           a look around
     python aggrevated_bipedal.py                           five to nine minutes: the weak expert
@@ -21,9 +21,10 @@ docs/aggrevated_bipedal.md has the results, and the reasons for the choices belo
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
 function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
 learner is held near the expert's action, and A* is weighted by 1 - alpha: little while Q* is young;
-(3) Q* is discounted and not a function of time, and only a fall has value 0; two networks are
-fitted, and the mean of their A* minus its spread is maximised, as a cautious estimate; (4) roll-ins
-are greedy, with noise; (5) training uses all states so far, the expert's among them.
+(3) Q* is learnt by bootstrapping, not from the expert's returns, is discounted, not a function of
+time, and only a fall has value 0; two networks are fitted, and the mean of their A* minus its
+spread is maximised, as a cautious estimate; (4) roll-ins are greedy, with noise; (5) training uses
+all states so far, the expert's among them.
 """
 
 # /// script
@@ -77,6 +78,7 @@ STD = 0.1  # of the learner's actions in its loss, before tanh: it averages Q* a
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
 VALIDATION = 10  # times --eval-episodes: falls are rare, so a few episodes say little
+TARGET_DECAY = 0.95  # of the critics' average that gives targets; by 0.99 Q* rises too late
 LEAST_DEVIATION = 0.1  # when standardising, so that nothing is scaled more than tenfold
 HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
@@ -84,7 +86,7 @@ HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is har
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. `number`, `load_policy` and `Run` are in the harness."""
+    """The algorithm's flags. From the harness come number, Run, Failed and EVALUATION_SEEDS."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
     shipped = "weak, good or half, where experts/ has one for the task; or a .pt of this script"
@@ -93,7 +95,7 @@ def add_settings(parser, argv):
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
-    flag("--noise", type=number(float, 0), default=0.5, help="largest deviation of roll-in noise")
+    flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
     switch = "bound of the random time at which the expert takes over: about an episode's length"
     flag("--switch", type=number(int, 1), default=1_000, help=switch)
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
@@ -101,17 +103,18 @@ def add_settings(parser, argv):
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the policy's layers")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
-    flag("--caution", type=number(float, 0), default=1.5, help="deviations subtracted from A*")
-    anchor = "pull towards the expert's action; it competes with A*, so raise it with the rewards"
+    flag("--caution", type=number(float, 0), default=1.5, help="times the critics' spread, off A*")
+    anchor = "pull towards the expert's action, against A*: if rewards are larger, raise it as much"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
         parser.set_defaults(**HARDCORE)
 
 
 def is_fall(env_id, reward, terminated):
-    """CHANGE ME: is this an end after which nothing is earned? Right for Gymnasium's MuJoCo tasks.
+    """CHANGE ME: did this step lead to a state whose value is 0, since nothing can be earned there?
 
-    A walker's episode terminates at the end of its course, too, where it would walk on."""
+    Right for Gymnasium's MuJoCo tasks. Not so at the end of BipedalWalker's course, where it
+    terminates, too: the value is that of walking on."""
     return reward <= -100 if "BipedalWalker" in env_id else terminated
 
 
@@ -119,7 +122,7 @@ def is_fall(env_id, reward, terminated):
 
 
 class Standardised(nn.Module):
-    """Linear layers of these sizes; the inputs are measured in deviations of a sample."""
+    """Linear layers of these sizes; inputs are standardised by a sample's mean and deviation."""
 
     def __init__(self, sizes, activation=nn.ReLU):
         super().__init__()
@@ -139,7 +142,7 @@ class Standardised(nn.Module):
 class Policy(Standardised):
     """Learner or expert: observations (..., inputs) -> means (..., size) of actions before tanh.
 
-    Own actions lie in [-1, 1]; `low` and `high` are the box that the environment knows it by."""
+    Its actions lie in [-1, 1]; to_env scales them to the environment's box, `low` to `high`."""
 
     def __init__(self, sizes, activation, low, high):
         super().__init__(sizes, {"relu": nn.ReLU, "tanh": nn.Tanh}[activation])
@@ -156,7 +159,7 @@ class Policy(Standardised):
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """The environment's actions, greedy or sampled; NumPy: (n, inputs), real -> (n, size)."""
+        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, size)."""
         observations = np.array(observations, np.float32, order="C")
         seen = torch.from_numpy(observations).to(self.low.device)
         return self.to_env(self.sample(seen) if sample else self.greedy(seen))
@@ -219,7 +222,8 @@ def roll_in(policy, expert, alpha, args):
     """--num-envs trajectories, one after the other: a dict of (steps, ...).
 
     Each is started by the expert (with probability alpha) or the learner, with noise on the
-    actions; from a random step below --switch on the expert alone walks. DAgger's have neither."""
+    actions; from a random step below --switch on the expert alone walks. DAgger: without noise
+    and takeover."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
     dagger, frames = args.algorithm == "dagger", []
     for seed in range(first, first + args.num_envs):
@@ -230,21 +234,19 @@ def roll_in(policy, expert, alpha, args):
         env = gym.make(args.env_id, disable_env_checker=True)  # Box2D remembers earlier episodes
         (observation, _), over, step = env.reset(seed=seed), False, 0
         while not over:
-            seen = torch.as_tensor(observation, dtype=torch.float32, device=args.device)
+            seen = torch.tensor(observation, dtype=torch.float32, device=args.device)  # a copy
+            action = (starter if step < switch else expert).greedy(seen).cpu()
             if step < switch:
-                action = (starter.greedy(seen).cpu() + scale * noise).clamp(-1, 1)
+                action = (action + scale * noise).clamp(-1, 1)
                 noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
-            else:
-                action = expert.greedy(seen).cpu()
             executed = policy.to_env(action.to(args.device))
             observation, reward, terminated, truncated, _ = env.step(executed)
             over, step = terminated or truncated, step + 1
-            after = np.float32(reward), is_fall(args.env_id, reward, terminated), observation
-            frames.append((seen.cpu().numpy(), action.numpy(), *after))
+            fell, after = is_fall(args.env_id, reward, terminated), observation.astype(np.float32)
+            frames.append((seen.cpu().numpy(), action.numpy(), np.float32(reward), fell, after))
         env.close()
     names = ("observations", "actions", "rewards", "fell", "next_observations")
     batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}
-    batch["next_observations"] = batch["next_observations"].float()
     for when in ("", "next_"):
         states = batch[f"{when}observations"].to(args.device)
         batch[f"{when}expert_actions"] = expert.greedy(states).cpu()
@@ -305,16 +307,16 @@ def train(args):
     expert = run.expert.to(args.device)
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
-    policy, best = policy.to(args.device), copy.deepcopy(policy).to(args.device)
+    best = copy.deepcopy(policy.to(args.device))
     critics = Critics([inputs + len(low), args.critic_hidden, args.critic_hidden, 1])
-    critics, ema = critics.to(args.device), get_ema_multi_avg_fn(0.95)  # by 0.99 Q* rises too late
-    target = AveragedModel(critics, multi_avg_fn=ema)
+    average = get_ema_multi_avg_fn(TARGET_DECAY)
+    target = AveragedModel(critics.to(args.device), multi_avg_fn=average)
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), POLICY_LR, fused=True)
     c_optimizer = torch.optim.Adam(critics.parameters(), CRITIC_LR, fused=True)
     parts = {"policy": policy, "best": best, "critics": critics, "target": target}
     parts |= {"optimizer": optimizer, "c_optimizer": c_optimizer, "transitions": transitions}
-    run.start(**parts)  # --resume: loads them
+    run.start(**parts)  # --resume: loads them, and the counts
 
     while run.steps < args.total_steps:  # iterations
         # 1. Roll in.
@@ -325,7 +327,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # for the first update
+            target.module.load_state_dict(critics.state_dict())  # its copy is older
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -339,7 +341,7 @@ def train(args):
         weight = 0.0 if args.algorithm == "dagger" else 1 - alpha
         scalars |= improve(policy, critics, optimizer, transitions, weight, args)
 
-        # 4. Validate, and keep the best policy.
+        # 4. Validate, every --eval-every iterations, and copy a better policy into `best`.
         run.record(scalars, policy, best)
     return run.finish(best)
 

@@ -2,7 +2,7 @@
 
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
-one of them constant; rewards that are NumPy's; actions that are counted from 1, or a box with other
+always in the same array, one of them constant; rewards that are NumPy's; actions that are counted from 1, or a box with other
 bounds than [-1, 1]; entries of info that others use as well.
 """
 
@@ -21,13 +21,18 @@ class Toy(gym.Env):
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.blind, self.remembers, self.resets = box, blind, remembers, 0
+        self.seen = np.array([0.0, 0.0, 7.0])
         vars(self).update(spaces)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.resets += 1
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * self.resets * self.remembers
-        return np.array([self.x, 0.0, 7.0]), {} if self.blind else {"x": self.x}
+        return self.observe(), {} if self.blind else {"x": self.x}
+
+    def observe(self, push=0.0):
+        self.seen[:2] = self.x, push
+        return self.seen
 
     def step(self, action):
         assert action in self.action_space, action
@@ -35,7 +40,7 @@ class Toy(gym.Env):
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
         info = {"x": self.x, "episode": None, "is_success": None}
         reward, info = (np.nan, {}) if self.blind else (1 - abs(self.x), info)
-        return np.array([self.x, push, 7.0]), reward, bool(abs(self.x) > 1), False, info
+        return self.observe(push), reward, bool(abs(self.x) > 1), False, info
 
 
 class Blank(gym.Env):
