@@ -215,6 +215,8 @@ def peer_line(rows):
     returns = np.array(column("return_mean"))
     line = {name: rows[0].get(name, "") for name in ("library", "algorithm", "variant")}
     line["return"] = f"{returns.mean():.1f} ± {returns.std():.1f}"
+    if any(column("share")):
+        line["share of the way, %"] = f"{100 * np.mean(column('share')):.0f}"
     line["training, s"] = median(column("seconds"), ".1f")
     if any(column("steps")):
         line["steps"] = median(column("steps"))
