@@ -2,8 +2,8 @@
 
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
-always in the same array, one of them constant; rewards that are NumPy's; actions that are counted from 1, or a box with other
-bounds than [-1, 1]; entries of info that others use as well.
+always in the same array, one of them constant; rewards that are NumPy's; actions that are counted
+from 1, or a box with other bounds than [-1, 1]; entries of info that others use as well.
 """
 
 import json
