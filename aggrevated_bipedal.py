@@ -3,14 +3,14 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end, so that Q* learns what it can still save,
+       there the expert walks to the end, and so shows Q* what follows,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --total-steps 2           a look around
-    python aggrevated_bipedal.py                           five to nine minutes: the weak expert
+    python aggrevated_bipedal.py                           ten minutes: the weak expert
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
     python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
     python aggrevated_bipedal.py --env-id mine:Task-v0 --expert expert.pt      a task of yours
@@ -242,8 +242,9 @@ def roll_in(policy, expert, alpha, args):
             executed = policy.to_env(action.to(args.device))
             observation, reward, terminated, truncated, _ = env.step(executed)
             over, step = terminated or truncated, step + 1
-            fell, after = is_fall(args.env_id, reward, terminated), observation.astype(np.float32)
-            frames.append((seen.cpu().numpy(), action.numpy(), np.float32(reward), fell, after))
+            fell = is_fall(args.env_id, reward, terminated)
+            outcome = np.float32(reward), fell, np.array(observation, np.float32)
+            frames.append((seen.cpu().numpy(), action.numpy(), *outcome))
         env.close()
     names = ("observations", "actions", "rewards", "fell", "next_observations")
     batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}

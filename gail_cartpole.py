@@ -118,7 +118,7 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="no teacher; use with --bc-weight 0")
+    flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
     # Only defaults: a flag that the user gives still wins. A resumed run keeps its schedule.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)

@@ -157,6 +157,16 @@ def memory(script):
     script.update_discriminator = update
 
 
+def full_size_ends(script):
+    """D sees the last observation that the absorbing state remembers in its full size."""
+    script.END_SCALE = 1.0
+
+
+def one_rollout(script):
+    """D learns from the newest rollout alone, with an absorbing state as well."""
+    script.RECENT = 1
+
+
 def linear_policy(script):
     """What GAIL trains is a linear policy: ten numbers."""
 
@@ -173,6 +183,7 @@ VARIANTS = {
     for f in (
         *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
         *(biases_near_0, states_only, next_states, linear_policy, last_policy, memory),
+        *(full_size_ends, one_rollout),
         *(plain_discriminator, plain_gradient, larger_final_lr, no_advantage),
     )
 }

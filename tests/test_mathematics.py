@@ -239,6 +239,27 @@ def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
     assert torch.equal(discriminator.add_absorbing_pairs(pairs, ends & False, 0.95), pairs)
 
 
+@pytest.mark.parametrize("absorbing", ["yes", "no"])
+def test_with_an_absorbing_state_d_learns_from_the_last_ten_rollouts(
+    absorbing, tmp_path, monkeypatch
+):
+    """Otherwise from the newest, of 48 steps."""
+    learn, seen = gail.update_discriminator, []
+
+    def watched(discriminator, optimizer, expert_pairs, policy_pairs, args):
+        seen.append(len(policy_pairs))
+        return learn(discriminator, optimizer, expert_pairs, policy_pairs, args)
+
+    monkeypatch.setattr(gail, "update_discriminator", watched)
+    PPO.run(tmp_path / "run", "--absorbing", absorbing, iterations=12)
+    kept = [len(pairs) for pairs in checkpoint(tmp_path / "run")["parts"]["recent"]["pairs"]]
+    if absorbing == "no":
+        assert seen == [48] * 12 and kept == []
+    else:
+        assert len(kept) == 10 and min(kept) >= 48 and max(kept) > 48
+        assert seen[-1] == sum(kept) and seen[0] < seen[4] < seen[9]
+
+
 def test_gradient_penalty_against_finite_differences():
     """Mixtures of an absorbing pair with another are left out."""
     discriminator = gail.Discriminator(discrete_policy(), 16).double()
