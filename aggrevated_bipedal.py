@@ -375,7 +375,7 @@ def check(condition, message):
 def explained(subject):
     """Whatever goes wrong inside becomes one line about the subject, a file or a flag."""
     try:
-        yield
+        yield subject
     except Exception as error:  # damaged files fail in as many ways as there are readers
         what = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
         raise BadInput(f"{subject}: {what}{' '.join(str(error).split())[:300]}") from None
@@ -421,12 +421,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
-        saved = load(Path(args.resume, "checkpoint.pt"))
-        with explained(args.resume):
-            parser.set_defaults(**(saved := saved["args"]))
-        args = parser.parse_args(argv)
-        fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
+        with explained(Path(args.resume, "checkpoint.pt")) as path:
+            saved = load(path)["args"]
+            parser.set_defaults(**saved)
+            args = parser.parse_args(argv)
+            fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
+            check(not fixed, f"{', '.join(fixed)} cannot be changed")
     return args
 
 
@@ -446,20 +446,19 @@ def write(path, content):
 
 def load(path):
     """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
-    with explained(path):
-        check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
-        with zipfile.ZipFile(path) as archive:
-            check(archive.testzip() is None, "damaged, expected the file as it was written")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
-        check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
-        return saved
+    check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
+    with zipfile.ZipFile(path) as archive:
+        check(archive.testzip() is None, "damaged, expected the file as it was written")
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
+    check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+    return saved
 
 
 def load_policy(path):
     """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
-    saved = load(path)
     with explained(path):
+        saved = load(path)
         policy = Policy(**saved["settings"])
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
@@ -479,9 +478,8 @@ def sizes(env_id):
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            flat = isinstance(taken, Box) and len(taken.shape) == 1
-            fits = flat and all(0 < width < math.inf for width in taken.high - taken.low)
-            fits = fits and np.can_cast(np.float32, taken.dtype)
+            fits = isinstance(taken, Box) and len(taken.shape) == 1 and taken.dtype.kind == "f"
+            fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (_, _), (found, *_) = env.reset(seed=0), env.step(taken.sample())
@@ -569,13 +567,10 @@ def draw(summary, path):
         write(path, figure)
 
 
-# --- a run ----------------------------------------------------------------------------------------
-
-
 class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
-    kept = ("steps", "env_steps", "wall_seconds", "curve")  # in checkpoints
+    kept = ("demos", "setup_seconds", "steps", "env_steps", "wall_seconds", "curve")
     active = None  # the last run
     stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
@@ -609,13 +604,12 @@ class Run:
         self.folder = Path(args.resume or args.out or default)
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
-            state = load(self.checkpoint)
             with explained(self.checkpoint):
+                state = load(self.checkpoint)
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                for name in self.kept:
-                    setattr(self, name, type(getattr(self, name))(state[name]))
+                vars(self).update({name: state[name] for name in self.kept})
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
@@ -634,8 +628,7 @@ class Run:
         """What a checkpoint and summary.json have in common."""
         facts = {"script": SCRIPT, "args": vars(self.args)}
         facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        names = ("demos", "setup_seconds", *self.kept)
-        return facts | {name: getattr(self, name) for name in names}
+        return facts | {name: getattr(self, name) for name in self.kept}
 
     def save(self):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -661,7 +654,7 @@ class Run:
                 best.load_state_dict(policy.state_dict())
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)
-            point = {name: getattr(self, name) for name in self.kept if name != "curve"}
+            point = {"steps": now, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds}
             self.curve.append({**point, **result, **scalars})
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": best.settings, "weights": best.state_dict()}
@@ -678,11 +671,8 @@ class Run:
         folder, Run.stopped_by = self.folder, None
         self.bar.close()
         self.log.close()
-        samples = {
-            "random": play(None, self.args, final=True),
-            "expert": self.walks,
-            "learner": play(policy.act, self.args, final=True),
-        }
+        random, learner = (play(act, self.args, final=True) for act in (None, policy.act))
+        samples = {"random": random, "expert": self.walks, "learner": learner}
         results = {name: score(name, episodes) for name, episodes in samples.items()}
         returns = {k: np.array([x.rewards.sum() for x in v]) for k, v in samples.items()}
         gains = returns["learner"] - returns["expert"]  # on the same seeds
@@ -693,14 +683,14 @@ class Run:
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")
-        if self.args.capture_video:
-            film(policy, self.args, folder)
+        film(policy, self.args, folder)
         return summary
 
 
 def film(policy, args, folder):
-    with explained("--capture-video"):  # no encoder, nothing to draw with
-        play(policy.act, args, videos=folder / "videos")
+    if args.capture_video:
+        with explained("--capture-video"):  # no encoder, nothing to draw with
+            play(policy.act, args, videos=folder / "videos")
 
 
 def evaluate_file(args):
@@ -710,16 +700,14 @@ def evaluate_file(args):
         args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)
-    folder, results = Path(args.out or Path(args.evaluate).parent), {}
-    for name in ("greedy", "sampled"):
-        act = functools.partial(policy.act, sample=name == "sampled")
-        with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = score(name, play(act, args, final=True))
+    folder = Path(args.out or Path(args.evaluate).parent)
+    acts = {"greedy": policy.act, "sampled": functools.partial(policy.act, sample=True)}
+    with explained(args.evaluate):  # a policy whose task has other sizes
+        results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", results)
-    if args.capture_video:
-        film(policy, args, folder)
+    film(policy, args, folder)
 
 
 def stop(number, frame):
@@ -731,9 +719,8 @@ def stop(number, frame):
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
-            stream.reconfigure(errors="replace")
+    with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
+        sys.stdout.reconfigure(errors="replace")  # stderr never fails
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)

@@ -558,7 +558,7 @@ def check(condition, message):
 def explained(subject):
     """Whatever goes wrong inside becomes one line about the subject, a file or a flag."""
     try:
-        yield
+        yield subject
     except Exception as error:  # damaged files fail in as many ways as there are readers
         what = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
         raise BadInput(f"{subject}: {what}{' '.join(str(error).split())[:300]}") from None
@@ -606,12 +606,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
-        saved = load(Path(args.resume, "checkpoint.pt"))
-        with explained(args.resume):
-            parser.set_defaults(**(saved := saved["args"]))
-        args = parser.parse_args(argv)
-        fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
-        check(not fixed, f"--resume {args.resume}: {', '.join(fixed)} cannot be changed")
+        with explained(Path(args.resume, "checkpoint.pt")) as path:
+            saved = load(path)["args"]
+            parser.set_defaults(**saved)
+            args = parser.parse_args(argv)
+            fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
+            check(not fixed, f"{', '.join(fixed)} cannot be changed")
     return args
 
 
@@ -631,20 +631,19 @@ def write(path, content):
 
 def load(path):
     """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
-    with explained(path):
-        check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
-        with zipfile.ZipFile(path) as archive:
-            check(archive.testzip() is None, "damaged, expected the file as it was written")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
-        check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
-        return saved
+    check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
+    with zipfile.ZipFile(path) as archive:
+        check(archive.testzip() is None, "damaged, expected the file as it was written")
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
+    check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+    return saved
 
 
 def load_policy(path):
     """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
-    saved = load(path)
     with explained(path):
+        saved = load(path)
         policy = Policy(**saved["settings"])
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
@@ -664,9 +663,8 @@ def sizes(env_id):
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            flat = isinstance(taken, Box) and len(taken.shape) == 1
-            fits = flat and all(0 < width < math.inf for width in taken.high - taken.low)
-            fits = fits and np.can_cast(np.float32, taken.dtype)
+            fits = isinstance(taken, Box) and len(taken.shape) == 1 and taken.dtype.kind == "f"
+            fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (_, _), (found, *_) = env.reset(seed=0), env.step(taken.sample())
@@ -700,8 +698,7 @@ def load_demos(args, inputs, low, high):
         size, whole = len(file["actions"]), file["actions"].dtype.kind != "f"
         check(not (low.shape and whole), "actions: integers, expected floats for a Box")
         actions = column("actions", np.float32 if low.shape else np.int64, size, *low.shape)
-        inside = (low <= actions) & (actions <= high)
-        check(inside.all(), f"actions out of range, expected {low} to {high}")
+        check((actions.clip(low, high) == actions).all(), f"actions outside {low} to {high}")
         observations = column("observations", np.float32, size, inputs)
         check(np.isfinite(observations).all(), "observations that are NaN or infinite")
         starts = column("episode_starts", bool, size)
@@ -714,39 +711,21 @@ def load_demos(args, inputs, low, high):
         say(f"{path}: recorded on {recorded}, used for {wanted}")
     terminated = ends[np.cumsum(starts) - 1] & np.roll(starts, -1)
     columns = observations, actions, rewards, terminated, unknown
-    columns = [np.split(values, np.flatnonzero(starts)[1:]) for values in columns]
-    episodes = [Episode(*x) for x in zip(*columns)]
+    episodes = np.split(np.arange(size), np.flatnonzero(starts)[1:])  # the rows of each
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
-    rng, chosen = np.random.default_rng(args.seed), []
-    for i in rng.permutation(cut)[: args.num_demos]:
-        length = len(episodes[i].actions)
-        kept = args.num_pairs or length
-        check(kept <= length, f"--num-pairs {kept}: an episode has {length}")
-        rows = rng.choice(length, kept, replace=False) if args.num_pairs else slice(None)
-        chosen.append(Episode(*(column[rows] for column in episodes[i])))
-    return chosen, episodes[:cut], episodes[cut:]
+    rng = np.random.default_rng(args.seed)
+    chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
+    if args.num_pairs:
+        with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
+            chosen = [rng.choice(rows, args.num_pairs, replace=False) for rows in chosen]
+    lists = chosen, episodes[:cut], episodes[cut:]
+    return [[Episode(*(x[rows] for x in columns)) for rows in each] for each in lists]
 
 
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
     columns = (np.concatenate(column) for column in zip(*episodes))
     return [torch.as_tensor(column, device=device) for column in columns]
-
-
-class OneEpisode(gym.Wrapper):
-    """After the end of its episode an environment rests, until a seed begins another one."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.over, (self.last, _) = False, self.env.reset(seed=seed)
-        return self.last, {}
-
-    def step(self, action):
-        if self.over:
-            return self.last, 0.0, False, False, {}
-        self.last, reward, terminated, truncated, info = self.env.step(action)
-        self.over = terminated or truncated
-        return self.last, reward, terminated, truncated, info
 
 
 def play(act, args, final=False, videos=None):
@@ -758,20 +737,17 @@ def play(act, args, final=False, videos=None):
     episodes = 3 if videos else args.eval_episodes * (5 if final else 1)
 
     def make():
-        settings = {"render_mode": "rgb_array"} if videos else {}
-        env = gym.make(args.env_id, disable_env_checker=True, **settings)
-        if videos:
-            env = RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
-        return OneEpisode(env)
+        if not videos:
+            return gym.make(args.env_id, disable_env_checker=True)
+        env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
+        return RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
 
-    at_once = 1 if videos else min(episodes, 5)  # some simulators take 30 MB each
     vector = str(getattr(gym.registry.get(args.env_id.split(":")[-1]), "vector_entry_point", ""))
     if vector.startswith("gymnasium.") and not videos:  # CartPole in NumPy: 20 times as fast
-        at_once = min(episodes, 500)
-        envs = gym.make_vec(args.env_id, at_once, vectorization_mode="vector_entry_point")
-    else:
-        envs = SyncVectorEnv([make] * at_once)
-    played = []
+        envs = gym.make_vec(args.env_id, episodes, vectorization_mode="vector_entry_point")
+    else:  # a few: some simulators take 30 MB each
+        envs = SyncVectorEnv([make] * (1 if videos else min(episodes, 5)))
+    at_once, played = envs.num_envs, []
     while len(played) < episodes:
         envs.action_space.seed(seed + len(played))
         observations, _ = envs.reset(seed=seed + len(played))
@@ -812,7 +788,6 @@ def occupancy_distances(held_out, samples):
     """How far each sample's pairs are from the held-out ones, in units of samples["random"].
 
     Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
-
     if not held_out:
         say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         return dict.fromkeys(samples)
@@ -821,7 +796,7 @@ def occupancy_distances(held_out, samples):
         observations, actions, *_ = tensors(episodes)
         if actions.ndim == 1:  # Discrete: one-hot
             actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
-        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(actions))[:2_000])
+        rows = np.random.default_rng(0).permutation(len(actions))[:2_000]
         pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
     expert = pairs.pop("held out")
     unit = expert.std(0).where(expert.std(0) > 0, 1.0)
@@ -860,13 +835,10 @@ def draw(summary, path):
         write(path, figure)
 
 
-# --- a run ----------------------------------------------------------------------------------------
-
-
 class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints and result."""
 
-    kept = ("steps", "wall_seconds", "curve")  # in checkpoints
+    kept = ("demos", "setup_seconds", "steps", "wall_seconds", "curve")  # in checkpoints
     active = None  # the last run
     stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
@@ -877,10 +849,9 @@ class Run:
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
-        arrays = (x for episode in (*self.episodes, *self.held_out) for x in episode[:2])
-        digest = sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
-        pairs = sum(len(episode.actions) for episode in self.episodes)
-        self.demos = {"episodes": len(self.episodes), "pairs": pairs, "sha256": digest}
+        columns = tensors(self.episodes)[:2] + tensors(self.held_out)[:2]
+        digest = sha256(b"".join(x.numpy().tobytes() for x in columns)).hexdigest()
+        self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
         self.steps, self.wall_seconds, self.eval_seconds, self.curve = 0, 0.0, 0.0, []
         torch.manual_seed(args.seed)
 
@@ -892,13 +863,12 @@ class Run:
         self.folder = Path(args.resume or args.out or default)
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
-            state = load(self.checkpoint)
             with explained(self.checkpoint):
+                state = load(self.checkpoint)
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                for name in self.kept:
-                    setattr(self, name, type(getattr(self, name))(state[name]))
+                vars(self).update({name: state[name] for name in self.kept})
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
@@ -917,8 +887,7 @@ class Run:
         """What a checkpoint and summary.json have in common."""
         facts = {"script": SCRIPT, "args": vars(self.args)}
         facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        names = ("demos", "setup_seconds", *self.kept)
-        return facts | {name: getattr(self, name) for name in names}
+        return facts | {name: getattr(self, name) for name in self.kept}
 
     def save(self):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -960,11 +929,8 @@ class Run:
         folder, Run.stopped_by = self.folder, None
         self.bar.close()
         self.log.close()
-        samples = {
-            "random": play(None, self.args, final=True),
-            "expert": self.not_held_out,
-            "learner": play(policy.act, self.args, final=True),
-        }
+        random, learner = (play(act, self.args, final=True) for act in (None, policy.act))
+        samples = {"random": random, "expert": self.not_held_out, "learner": learner}
         distances = occupancy_distances(self.held_out, samples)
         samples["expert"] = self.not_held_out + self.held_out
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
@@ -972,14 +938,14 @@ class Run:
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")
-        if self.args.capture_video:
-            film(policy, self.args, folder)
+        film(policy, self.args, folder)
         return summary
 
 
 def film(policy, args, folder):
-    with explained("--capture-video"):  # no encoder, nothing to draw with
-        play(policy.act, args, videos=folder / "videos")
+    if args.capture_video:
+        with explained("--capture-video"):  # no encoder, nothing to draw with
+            play(policy.act, args, videos=folder / "videos")
 
 
 def evaluate_file(args):
@@ -989,16 +955,14 @@ def evaluate_file(args):
         args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)
-    folder, results = Path(args.out or Path(args.evaluate).parent), {}
-    for name in ("greedy", "sampled"):
-        act = functools.partial(policy.act, sample=name == "sampled")
-        with explained(args.evaluate):  # a policy whose task has other sizes
-            results[name] = score(name, play(act, args, final=True))
+    folder = Path(args.out or Path(args.evaluate).parent)
+    acts = {"greedy": policy.act, "sampled": functools.partial(policy.act, sample=True)}
+    with explained(args.evaluate):  # a policy whose task has other sizes
+        results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", results)
-    if args.capture_video:
-        film(policy, args, folder)
+    film(policy, args, folder)
 
 
 def stop(number, frame):
@@ -1010,9 +974,8 @@ def stop(number, frame):
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
-            stream.reconfigure(errors="replace")
+    with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
+        sys.stdout.reconfigure(errors="replace")  # stderr never fails
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)

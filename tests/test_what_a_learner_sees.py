@@ -24,12 +24,13 @@ class Blind(gym.Wrapper):
 
 
 class Diary(gym.Wrapper):
-    """Remembers the seeds of all resets, and how often it was stepped after each."""
+    """Remembers the seeds of all resets, and how often it was stepped after each. A reset without a
+    seed draws from the one before it."""
 
-    pages = []  # noqa: RUF012
+    pages, page = [], (None, 0)
 
     def reset(self, **settings):
-        self.page = [settings.get("seed"), 0]
+        self.page = [settings.get("seed", self.page[0]), 0]
         self.pages.append(self.page)
         return self.env.reset(**settings)
 
