@@ -39,10 +39,22 @@ KEPT = ("steps", "env_steps", "wall_seconds", "return_mean", "success_rate", "le
 KEPT += ("losses/held_out",)  # of a point of the curve
 
 
+def variants(experiment):
+    """Names and flags: as they are written, or one for each of `tasks`."""
+    if "variants" in experiment:
+        return experiment["variants"]
+    part, demos = experiment.get("part", ""), experiment["num_demos"]
+    name, flags = f"{{}}, {demos}", f"{part} --env-id {{}} --num-demos {demos}"
+    if "num_pairs" in experiment:
+        name += f", {experiment['num_pairs']} pairs of each"
+        flags += f" --num-pairs {experiment['num_pairs']}"
+    return {name.format(task): flags.format(task) for task in experiment["tasks"].split()}
+
+
 def expand(name, experiment):
     """The runs of an experiment: dicts of variant, seed, run folder, program and command."""
     first, last = (int(seed) for seed in experiment["seeds"].split("-"))
-    for variant, flags in experiment["variants"].items():
+    for variant, flags in variants(experiment).items():
         for seed in range(first, last + 1):
             run_name = f"{name}__{variant}__{seed}".replace(" ", "_").replace(",", "")
             program, words = [experiment["script"]], shlex.split(flags)
