@@ -22,7 +22,7 @@ has the results.
 Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
 keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
 critic that fall; (4) the entropy bonus is not discounted, and stands beside normalised advantages;
-(5) the mean of the policies' weights is kept, not the last policy; (6) reward forms other than
+(5) a mean of the policies' weights is kept, not the last policy; (6) reward forms other than
 `gail`, the paper's, and a reward for what follows a termination (--absorbing), with a D that
 learns from the last ten rollouts; (7) by default cloning's loss stands beside the policy's, and its
 weight falls from 1 to 0.02: --bc-weight 0 is GAIL alone.
@@ -43,6 +43,7 @@ weight falls from 1 to 0.02: --bc-weight 0 is GAIL alone.
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -70,7 +71,6 @@ from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -81,6 +81,7 @@ RECENT = 10  # with an absorbing state, D learns from this many last rollouts; w
 END_SCALE = 0.3  # what the absorbing state keeps of the last observation: so D learns none by heart
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
+SETTLED = 0.2  # at this share of their first step sizes, policies scatter less than they improve
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
@@ -315,12 +316,11 @@ def behavioural_cloning_loss(policy, observations, actions):
     return -new.log_prob(actions).mean()
 
 
-def recent_average(average, weights, averaged):
-    """The mean of all policies' parameters so far, the k-th counted k times; `averaged` is k - 1.
-
-    Among the first k, the k-th has the share k / (1 + 2 + ... + k) = 2 / (k + 1). So the early,
-    poor policies soon count little (Lacoste-Julien et al. 2012)."""
-    return average + 2 / (averaged + 2) * (weights - average)
+@torch.no_grad()
+def move_average(average, policy, rate):
+    """Move the averaged policy's parameters towards the policy's, by this share of the way."""
+    for mean, parameter in zip(average.parameters(), policy.parameters()):
+        mean.lerp_(parameter, rate)
 
 
 # --- environments ---------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def train(args):
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
-    average = AveragedModel(policy, avg_fn=recent_average)
+    average = copy.deepcopy(policy)
     critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
     critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
     critic.to(args.device)
@@ -577,7 +577,13 @@ def train(args):
         columns = (batch["observations"], batch["actions"], advantages, returns)
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
-        average.update_parameters(policy)
+
+        # Evaluated and kept is the mean of all policies' parameters so far, the k-th counted k
+        # times: of the first k its share is k / (1 + ... + k) = 2 / (k + 1), and the early, poor
+        # ones soon count little (Lacoste-Julien et al. 2012). When step sizes are small, policies
+        # scatter less than they improve: then it is the mean of the last ten or so.
+        iteration = run.steps // (args.num_steps * args.num_envs)  # k
+        move_average(average, policy, 2 / (iteration + 1) if share > SETTLED else 0.1)
 
         scalars = {
             **losses,
@@ -589,10 +595,10 @@ def train(args):
         if ended:
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
-        run.record(scalars, average.module)  # logs; evaluates and saves when it is time
+        run.record(scalars, average)  # logs; evaluates and saves when it is time
     # The curve is empty only if a run is resumed whose budget is spent already.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
-    return run.finish(average.module, advice)
+    return run.finish(average, advice)
 
 
 # ==================================================================================================

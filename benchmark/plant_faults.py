@@ -69,9 +69,9 @@ FAULTS = {  # name: the text, and what takes its place
         "after.repeat(round(1 / (1 - gamma)), 1)",
         "after",
     ),
-    "the average's weights": ("2 / (averaged + 2)", "1 / (averaged + 1)"),
+    "the average's weights": ("2 / (iteration + 1)", "1 / iteration"),
     "the last policy is evaluated": (
-        "run.record(scalars, average.module)",
+        "run.record(scalars, average)",
         "run.record(scalars, policy)",
     ),
     "cloning keeps the last policy": (

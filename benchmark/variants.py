@@ -139,7 +139,8 @@ def cartpole_step(observations, actions):
 
 def last_policy(script):
     """What is evaluated and kept is the policy itself, not an average."""
-    script.recent_average = lambda average, weights, number: weights
+    move = script.move_average
+    script.move_average = lambda average, policy, rate: move(average, policy, 1.0)
 
 
 def memory(script):

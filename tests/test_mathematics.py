@@ -1,5 +1,6 @@
 """The mathematics of the scripts against definitions written out another way."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from scripts import OFFLINE, PPO, PYBULLET, RACECAR, REINFORCE
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
-from written import checkpoint, same, weights
+from written import checkpoint
 
 gail, offline = PPO.module, OFFLINE.module
 
@@ -99,20 +100,22 @@ def test_ppo_clips_as_in_equation_7():
     assert torch.equal(ours, reinforce)
 
 
-def test_the_average_counts_the_kth_k_times():
-    networks = [torch.nn.Linear(2, 3) for _ in range(7)]
-    average = torch.optim.swa_utils.AveragedModel(networks[0], avg_fn=gail.recent_average)
-    for network in networks:
-        average.update_parameters(network)
-    exact = sum(k * network.weight.double() for k, network in enumerate(networks, 1)) / 28
-    assert torch.allclose(average.module.weight.double(), exact, atol=1e-6)
+def test_what_is_kept_is_an_average_of_the_policies(tmp_path, monkeypatch):
+    """The k-th counts k times; where step sizes are small, the average moves by a tenth instead."""
+    policies, move = [], gail.move_average
 
+    def note(average, policy, rate):
+        policies.append(copy.deepcopy(policy.state_dict()))
+        move(average, policy, rate)
 
-def test_what_is_kept_is_the_average_of_the_policies(finish):
-    parts = checkpoint(finish(PPO))["parts"]
-    average = {k.removeprefix("module."): x for k, x in parts["average"].items() if "module" in k}
-    kept = weights(finish(PPO))
-    assert same(kept, {name: average[name] for name in kept}) and not same(kept, parts["policy"])
+    monkeypatch.setattr(gail, "move_average", note)
+    kept = PPO.run(tmp_path / "run", iterations=10)  # the last two with a fifth and a tenth
+    assert len(policies) == 10
+    for name, value in kept.items():
+        exact = sum(k * policy[name].double() for k, policy in enumerate(policies[:8], 1)) / 36
+        for policy in policies[8:]:
+            exact = exact + 0.1 * (policy[name] - exact)
+        assert torch.allclose(value.double(), exact, atol=1e-5), name
 
 
 # --- policies -------------------------------------------------------------------------------------
