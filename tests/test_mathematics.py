@@ -1,6 +1,7 @@
 """The mathematics of the scripts against definitions written out another way."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -100,8 +101,9 @@ def test_ppo_clips_as_in_equation_7():
     assert torch.equal(ours, reinforce)
 
 
-def test_what_is_kept_is_an_average_of_the_policies(tmp_path, monkeypatch):
-    """The k-th counts k times; where step sizes are small, the average moves by a tenth instead."""
+@pytest.mark.parametrize("env_id, last", [("Toy-v0", 0), ("ToyBox-v0", 2)])
+def test_what_is_kept_is_an_average_of_the_policies(env_id, last, tmp_path, monkeypatch):
+    """The k-th counts k times; the last ones of a Gaussian, whose steps are small, a tenth each."""
     policies, move = [], gail.move_average
 
     def note(average, policy, rate):
@@ -109,11 +111,12 @@ def test_what_is_kept_is_an_average_of_the_policies(tmp_path, monkeypatch):
         move(average, policy, rate)
 
     monkeypatch.setattr(gail, "move_average", note)
-    kept = PPO.run(tmp_path / "run", iterations=10)  # the last two with a fifth and a tenth
-    assert len(policies) == 10
+    case = dataclasses.replace(PPO, env_id=env_id)
+    kept, first = case.run(tmp_path / "run", iterations=10), 10 - last
     for name, value in kept.items():
-        exact = sum(k * policy[name].double() for k, policy in enumerate(policies[:8], 1)) / 36
-        for policy in policies[8:]:
+        exact = sum(k * policy[name].double() for k, policy in enumerate(policies[:first], 1))
+        exact = exact / sum(range(1, first + 1))
+        for policy in policies[first:]:
             exact = exact + 0.1 * (policy[name] - exact)
         assert torch.allclose(value.double(), exact, atol=1e-5), name
 
