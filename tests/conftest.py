@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scripts import CASES, WATCHING
+from scripts import CASES
 
 torch.set_num_threads(1)
 
@@ -18,12 +18,6 @@ def long(request):
 
 @pytest.fixture(scope="session", params=CASES, ids=str)
 def case(request):
-    return request.param
-
-
-@pytest.fixture(scope="session", params=WATCHING, ids=lambda case: case.script)
-def watching(request):
-    """One case of each script that learns from demonstrations."""
     return request.param
 
 

@@ -19,7 +19,7 @@ from written import weights
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experts")]
 PYBULLET = importlib.util.find_spec("pybullet") is not None  # no wheels from Python 3.12 on
 FILES = Path(tempfile.mkdtemp())  # what the toys' experts did
 
@@ -88,6 +88,13 @@ def environment(**changes):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **changes}
 
 
+def python(*words, **settings):
+    """What a process of Python's own returned and wrote."""
+    command = [sys.executable, *map(str, words)]
+    settings = {"env": environment(), "timeout": 600, **settings}
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
 SMALL = "--hidden 8 --batch-size 16"
 GAIL = "--hidden 8 --num-envs 3 --num-steps 16 --epochs 2 --discriminator-updates 3 --schedule 480"
 OTHER = "--policy-gradient reinforce --reward airl --absorbing yes --bc-weight 1"
@@ -102,16 +109,17 @@ OFFLINE = Case("gail_offline_cartpole", "Toy-v0", f"{SMALL} --schedule 4000", 10
 RACECAR = [Case(f"gail_racecar_{x}", "RaceCar-v0", RACE, 64) for x in ("ppo", "reinforce")]
 AGGREVATED = Case("aggrevated_bipedal", "ToyBox-v0", ASKING, 1)
 DAGGER = Case("aggrevated_bipedal", "ToyBox-v0", f"{ASKING} --algorithm dagger", 1)
-WATCHING = [BC, PPO, OFFLINE, *RACECAR * PYBULLET]  # a case of each script with demonstrations
-CASES = [*WATCHING, REINFORCE, AGGREVATED, DAGGER]
+WATCHING = [BC, PPO, OFFLINE, *RACECAR * PYBULLET]
+SCRIPTS = [*WATCHING, AGGREVATED]  # a case of each
+CASES = [*SCRIPTS, REINFORCE, DAGGER]
 FEW = [case for case in CASES if case not in RACECAR[1:]]  # PyBullet is slow
 
 
 def demos(env_id):
-    """The path of its demonstrations; those of a blind or a growing task are Toy's or ToyBox's."""
+    """The path of its demonstrations; those of Toy's variants are Toy's."""
     path = FILES / f"{env_id}.npz"
     if not path.exists():
-        arrays = toys.demonstrations(re.sub("Blind|Growing", "Toy", env_id))
+        arrays = toys.demonstrations(re.sub("Growing|Remembering", "Toy", env_id))
         np.savez(path, **{**arrays, "metadata": json.dumps({"env_id": env_id})})
     return path
 

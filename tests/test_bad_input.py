@@ -10,24 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from scripts import AGGREVATED, BC, CASES, OFFLINE, PPO, REINFORCE, ROOT, demos, expert
+from scripts import AGGREVATED, BC, OFFLINE, PPO, REINFORCE, ROOT, SCRIPTS, WATCHING, demos, expert
 from toys import REFUSED
-
-SCRIPTS = list({case.script: case for case in reversed(CASES)}.values())
-
-
-class Payload:
-    """Unpickling this writes a file, the canary."""
-
-    def __init__(self, folder):
-        self.canary = str(folder / "canary")
-
-    def __reduce__(self):
-        return open, (self.canary, "w")
-
-
-def contents(folder):
-    return {x: x.read_bytes() if x.is_file() else None for x in sorted(folder.rglob("*"))}
+from written import Payload, contents, same, weights
 
 
 @pytest.fixture
@@ -48,25 +33,7 @@ def refused(tmp_path, capsys, recwarn):
     return run
 
 
-def test_the_payload_works(tmp_path):
-    pickle.loads(pickle.dumps(Payload(tmp_path))).close()
-    assert (tmp_path / "canary").exists()
-
-
 # --- files that are not what they should be -------------------------------------------------------
-
-
-def huge(path, claim, shape):
-    """An archive with a member that claims to be so large, and an array of that shape."""
-    header = io.BytesIO()
-    about = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, about)
-    arrays = dict(np.load(demos("Toy-v0")))
-    del arrays["observations"]
-    np.savez(path, **arrays)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("observations.npy", header.getvalue() + bytes(99))
-        archive.filelist[-1].file_size = claim or archive.filelist[-1].file_size
 
 
 DAMAGES = {
@@ -83,11 +50,7 @@ DAMAGES = {
 }
 
 
-@pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
-def damage(request):
-    return request.param
-
-
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=str)
 def test_damaged_files(case, damage, finish, tmp_path, refused):
     """What a run learns from, a checkpoint, a policy."""
@@ -105,12 +68,18 @@ def test_damaged_files(case, damage, finish, tmp_path, refused):
 
 @pytest.mark.parametrize("claim, shape", [(3 << 30, (9, 3)), (None, (1 << 42, 3))])
 def test_an_archive_that_unpacks_to_gigabytes(claim, shape, tmp_path, refused):
-    path = tmp_path / "demos.npz"
-    huge(path, claim, shape)
+    """One member claims to be so large, or its array to have this shape."""
+    header, path, arrays = io.BytesIO(), tmp_path / "demos.npz", dict(np.load(demos("Toy-v0")))
+    del arrays["observations"]
+    np.savez(path, **arrays)
+    about = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("observations.npy", header.getvalue() + bytes(99))
+        archive.filelist[-1].file_size = claim or archive.filelist[-1].file_size
     refused(BC, BC.argv("--out", tmp_path / "new", "--demos", path), path)
 
 
-@np.errstate(all="ignore")
 def bad_demonstrations():
     """What differs from good ones, and a word that the line must hold."""
     good = dict(np.load(demos("Toy-v0")))
@@ -119,26 +88,19 @@ def bad_demonstrations():
     late = np.roll(good["episode_starts"], 1)
     return {
         "another shape": ({"observations": good["observations"][:, :2]}, ""),
-        "one too few": ({"observations": good["observations"][1:]}, ""),
-        "complex": ({"observations": good["observations"] + 0j}, "complex"),
         "texts": ({"observations": good["observations"].astype(str)}, ""),
         "NaN": ({"observations": nan}, "NaN"),
-        "infinity": ({"observations": nan / 0}, "NaN"),
         "overflow": ({"observations": np.full((size, 3), 1e300)}, ""),
-        "actions with columns": ({"actions": good["actions"][:, None]}, ""),
         "actions that are floats": ({"actions": good["actions"] * 1.0}, ""),
         "action too large": ({"actions": good["actions"] * 4}, "actions"),
         "action too small": ({"actions": good["actions"] * 0}, "actions"),
         "too few rewards": ({"rewards": np.ones(size - 1)}, ""),
-        "starts that are numbers": ({"episode_starts": late * 1}, ""),
         "no start in the first row": ({"episode_starts": late}, "start"),
         "no steps": ({k: good[k][:0] for k in good if k != "metadata"}, ""),
         "one episode too many": ({"terminated": np.ones(25, bool)}, ""),
-        "another task": ({"metadata": json.dumps({"env_id": "Acrobot-v1"})}, "Acrobot-v1"),
-        "a longer name": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
+        "another task": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
         "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 999})}, "x x"),
         "no task": ({"metadata": "{}"}, "env_id"),
-        "a list": ({"metadata": "[]"}, ""),
         "no JSON": ({"metadata": "Toy-v0"}, ""),
         "objects": ({"actions": np.array([Payload(ROOT)] * size, object)}, "allow_pickle"),
         **{f"no {name}": ({name: None}, name) for name in good if name != "rewards"},
@@ -166,7 +128,7 @@ def test_demonstrations_of_other_dtypes_are_cast(finish, tmp_path):
     arrays["observations"] = np.asfortranarray(arrays["observations"].astype(">f8"))
     np.savez(tmp_path / "demos.npz", **{**arrays, "actions": arrays["actions"].astype(np.uint8)})
     ours = BC.run(tmp_path / "run", "--demos", tmp_path / "demos.npz")
-    assert all(torch.equal(a, b) for a, b in zip(ours.values(), BC.run(tmp_path / "b").values()))
+    assert same(ours, weights(finish(BC)))
 
 
 def test_another_version_of_the_task_is_mentioned(tmp_path, capsys):
@@ -177,17 +139,17 @@ def test_another_version_of_the_task_is_mentioned(tmp_path, capsys):
     assert any("Toy-v3" in line and "Toy-v0" in line for line in lines)
 
 
-def test_more_than_there_is(watching, tmp_path, refused):
-    argv = watching.argv("--out", tmp_path / "new")
-    refused(watching, [*argv, "--num-demos", 99], "--num-demos 99")
-    few = [*argv, "--num-demos", 1, "--num-pairs", 9_999]
-    refused(watching, few, "--num-pairs")
+@pytest.mark.parametrize("case", WATCHING, ids=str)
+def test_more_than_there_is(case, tmp_path, refused):
+    argv = case.argv("--out", tmp_path / "new")
+    refused(case, [*argv, "--num-demos", 99], "--num-demos 99")
+    refused(case, [*argv, "--num-pairs", 9_999], "--num-pairs")
 
 
-def test_no_demonstrations_are_shipped(watching, tmp_path, refused):
-    if "racecar" not in watching.script:
-        argv = ["--env-id", "Toy-v0", "--out", tmp_path / "new"]
-        refused(watching, argv, "Toy-v0.npz", "--demos", "experts/train.py")
+@pytest.mark.parametrize("case", [BC, PPO, OFFLINE], ids=str)
+def test_no_demonstrations_are_shipped(case, tmp_path, refused):
+    argv = ["--env-id", "Toy-v0", "--out", tmp_path / "new"]
+    refused(case, argv, "Toy-v0.npz", "--demos", "experts/train.py")
 
 
 # --- policies, checkpoints and experts ------------------------------------------------------------
@@ -197,9 +159,9 @@ def test_no_demonstrations_are_shipped(watching, tmp_path, refused):
 @pytest.mark.parametrize(
     "name, value",
     [
-        *[("script", "another"), ("script", None), ("settings", None), ("settings", {})],
-        *[("settings", {"hidden": 10**9}), ("weights", {}), ("weights", 5), ("env_id", "Cart-v9")],
-        *[("env_id", 5), ("weights", "NaN"), ("weights", "objects"), ("env_id", None)],
+        *[("script", "another"), ("settings", None), ("settings", {"hidden": 10**9})],
+        *[("weights", {}), ("weights", "NaN"), ("weights", "objects")],
+        *[("env_id", "Cart-v9"), ("env_id", 5), ("env_id", None)],
     ],
 )
 def test_bad_policies(case, name, value, finish, tmp_path, refused):
@@ -223,19 +185,6 @@ def test_files_of_other_scripts(finish, tmp_path, refused):
         refused(case, ["--evaluate", folder / "policy.pt"], folder, other.script)
 
 
-@pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)
-def test_files_of_the_first_version(case, tmp_path, refused):
-    """As they were: a checkpoint with a digest, a policy whose network's sizes are called so."""
-    old = {"script": case.script, "env_id": "CartPole-v1", "network": {"hidden": 8}, "weights": {}}
-    torch.save(old, tmp_path / "policy.pt")
-    refused(case, ["--evaluate", tmp_path / "policy.pt"], tmp_path / "policy.pt")
-    state = io.BytesIO()
-    torch.save({"script": case.script, "args": {}, "count": {}, "policy": {}}, state)
-    for content in (state.getvalue(), bytes(32) + state.getvalue()):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        refused(case, ["--resume", tmp_path], tmp_path / "checkpoint.pt")
-
-
 def test_an_expert_of_another_task(tmp_path, refused):
     saved = torch.load(expert("ToyBox-v0"), weights_only=True)
     box = {"settings": {**saved["settings"], "low": [0.0, 0.0]}}
@@ -243,7 +192,6 @@ def test_an_expert_of_another_task(tmp_path, refused):
         torch.save({**saved, **changes}, tmp_path / "expert.pt")
         argv = AGGREVATED.argv("--out", tmp_path / "new", "--expert", tmp_path / "expert.pt")
         refused(AGGREVATED, argv, tmp_path / "expert.pt")
-    refused(AGGREVATED, ["--expert", tmp_path / "none.pt", "--out", tmp_path / "new"], "none.pt")
 
 
 # --- flags and tasks ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
+from written import Payload, contents
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
 convert, from_minari = import_module("convert"), import_module("from_minari")
@@ -33,26 +34,19 @@ gym.register("Converted-v0", lambda **_: RescaleAction(WALKER(), LOW, HIGH))
 gym.register("WalkerUnbounded-v0", lambda **_: TransformAction(WALKER(), None, WIDE))
 
 
-class Payload:
-    """Makes a file if it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("canary", "w")
-
-
 @pytest.fixture
 def refuses(tmp_path, capsys, monkeypatch):
     """In one line on stderr, with nothing written and nothing run."""
     monkeypatch.chdir(tmp_path)
 
     def refuses(module, word, *argv):
-        before = {x: x.read_bytes() for x in Path().rglob("*") if x.is_file()}
+        before = contents(Path())
         capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
             module.main(argv)
         (line,) = capsys.readouterr().err.splitlines()
         assert word in line and len(line) < 450
-        assert before == {x: x.read_bytes() for x in Path().rglob("*") if x.is_file()}
+        assert contents(Path()) == before
 
     return refuses
 
@@ -141,7 +135,7 @@ BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the
     ("action_space", {"low": "[-3. 0. 0. 0.]"}, "actions with low [-3. 0. 0. 0.]"),
     ("observation_space", {"high": "[1. 1.]"}, "observations with high [1. 1.]"),
     ("all", {}, "policy class"),
-    ("all", pickle.dumps(Payload(), 0), "JSON"),
+    ("all", pickle.dumps(Payload(Path()), 0), "JSON"),
     ("all", {"env_id": "A-v0"}, "for A-v0"),
     ("all", {"env_id": "Converted-v0"}, "[-1, 1]"),
     ("weights", lambda x: x | {MU: x[MU] * np.nan}, "NaN"),
@@ -153,8 +147,8 @@ BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the
     ("weights", lambda x: {k: x[k] for k in x if k != "actor.mu.bias"}, "mu.bias"),
     ("weights", lambda x: {k.replace("pi.0", "pi.1"): x[k] for k in x}, "latent_pi"),
     ("weights", lambda x: {MU: [1.0]}, "tensors"),
-    ("weights", lambda x: {MU: Payload()}, "UnpicklingError"),
-    ("weights", lambda x: pickle.dumps(Payload()), "not a zip"),
+    ("weights", lambda x: {MU: Payload(Path())}, "UnpicklingError"),
+    ("weights", lambda x: pickle.dumps(Payload(Path())), "not a zip"),
 ]
 TO_TOY = ["model.zip", "--env-id", "Converted-v0", "--out", "expert.pt"]
 
@@ -186,7 +180,7 @@ def test_bad_files(which, change, word, good, refuses):
 
 def test_what_lies_around_a_model(good, refuses, monkeypatch):
     refuses(convert, "No such file", *TO_TOY)
-    pickled = {":serialized:": base64.b64encode(pickle.dumps(Payload())).decode()}
+    pickled = {":serialized:": base64.b64encode(pickle.dumps(Payload(Path()))).decode()}
     write("model.zip", good[0] | {"seed": pickled, "policy_kwargs": pickled}, good[1])
     (normalizer := Path("model_vecnormalize_9_steps.pkl")).touch()
     refuses(convert, "VecNormalize", *TO_TOY)
@@ -283,7 +277,7 @@ def test_bad_folders(refuses, monkeypatch):
     refuses(from_minari, "truncated", *MINARI)
     h5py.File(data, "w").close()
     refuses(from_minari, "has 0 episodes", *MINARI)
-    about.write_bytes(pickle.dumps(Payload()))
+    about.write_bytes(pickle.dumps(Payload(Path())))
     refuses(from_minari, "not JSON", *MINARI)
     Path("demos.npz").touch()
     refuses(from_minari, "exists", *MINARI)

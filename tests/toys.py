@@ -14,21 +14,21 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
 class Toy(gym.Env):
-    observation_space = Box(-np.inf, np.inf, (3,), np.float64)
+    observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
 
-    def __init__(self, box=False, blind=False, remembers=False, **spaces):
+    def __init__(self, box=False, remembers=False, **others):
         self.action_space = Discrete(3, start=1)
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
-        self.box, self.blind, self.remembers, self.resets = box, blind, remembers, 0
+        self.box, self.remembers, self.resets = box, remembers, 0
         self.seen = np.array([0.0, 0.0, 7.0])
-        vars(self).update(spaces)
+        vars(self).update(others)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.resets += 1
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * self.resets * self.remembers
-        return self.observe(), {} if self.blind else {"x": self.x}
+        return self.observe(), {"x": self.x}
 
     def observe(self, push=0.0):
         self.seen[:2] = self.x, push
@@ -39,8 +39,7 @@ class Toy(gym.Env):
         push = float(action[0] + action[1] - 1 if self.box else action - 2)
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
         info = {"x": self.x, "episode": None, "is_success": None}
-        reward, info = (np.nan, {}) if self.blind else (1 - abs(self.x), info)
-        return self.observe(push), reward, bool(abs(self.x) > 1), False, info
+        return self.observe(push), self.pays - abs(self.x), bool(abs(self.x) > 1), False, info
 
 
 class Blank(gym.Env):
@@ -76,7 +75,7 @@ REFUSED = {
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
-TOYS |= {"Blind-v0": {"blind": True}, "BlindBox-v0": {"box": True, "blind": True}, **REFUSED}
+TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
     gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
 gym.register("Truncating-v0", f"{__name__}:Blank", max_episode_steps=3)

@@ -1,4 +1,4 @@
-"""Read what a run wrote."""
+"""Read what a run wrote, and what an attacker would have written."""
 
 import json
 
@@ -25,3 +25,17 @@ def read_json(path):
         raise ValueError(f"{path}: {name}")
 
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def contents(folder):
+    return {x: x.read_bytes() if x.is_file() else None for x in sorted(folder.rglob("*"))}
+
+
+class Payload:
+    """Unpickling this writes a file, the canary."""
+
+    def __init__(self, folder):
+        self.canary = str(folder / "canary")
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
