@@ -194,11 +194,12 @@ def test_the_difference_to_the_expert_is_paired_by_seeds(finish):
     assert f"{gains.mean():+.1f} +- {gains.std(ddof=1) / 10**0.5:.1f} (s.e.)" in summary["verdict"]
 
 
-def test_the_learner_of_one_run_is_the_expert_of_the_next(finish, tmp_path):
-    """It is evaluated on the same episodes as it was there."""
-    first = finish(AGGREVATED)
-    AGGREVATED.run(tmp_path / "next", "--expert", first / "policy.pt")
-    learner, expert = (read_json(x / "summary.json") for x in (first, tmp_path / "next"))
+def test_the_learner_of_one_run_is_the_expert_of_the_next(tmp_path):
+    """It is evaluated on the same episodes as it was there. The task is one of a module."""
+    task = ["--env-id", "toys:ToyBox-v0"]
+    AGGREVATED.run(tmp_path / "one", *task)
+    AGGREVATED.run(tmp_path / "next", *task, "--expert", tmp_path / "one" / "policy.pt")
+    learner, expert = (read_json(tmp_path / x / "summary.json") for x in ("one", "next"))
     assert learner["learner"]["return_mean"] == expert["expert"]["return_mean"]
 
 

@@ -1,9 +1,11 @@
 """Every script runs from its command line, on tasks of all kinds, and writes what it promises."""
 
+import re
+
 import gymnasium as gym
 import pytest
 import torch
-from scripts import AGGREVATED, BC, CASES, FEW, OFFLINE, PPO, ROOT
+from scripts import BC, FEW, OFFLINE, PPO, ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from written import read_json, same, weights
 
@@ -11,11 +13,8 @@ FOLDER = {"args.json", "checkpoint.pt", "policy.pt", "summary.json", "learning_c
 NUMBERS = {"return_mean", "return_std", "length_mean", "occupancy_distance"}
 SUMMARY = {"script", "args", "versions", "steps", "wall_seconds", "setup_seconds", "curve"}
 SUMMARY |= {"random", "expert", "learner", "solved_at_steps", "solved_at_seconds", "verdict"}
-TAGS = {"charts/SPS", "eval/return_mean", "eval/return_std", "losses/policy"}
-LEARNS = {f"discriminator/{x}" for x in ("accuracy_expert", "accuracy_policy", "reward_mean")}
-LEARNS |= {"discriminator/reward_std", "losses/value", "losses/discriminator", "losses/approx_kl"}
-LEARNS |= {"charts/episodic_return", "charts/episodic_length"}
-SCRIPTS = list({case.script: case for case in CASES}.values())
+TAG = r"((?:charts|losses|discriminator|eval|accuracy)/\w+)"
+SOME = {"eval/success_rate", "losses/critics", "eval/length_mean", "eval/episodes"}
 TASKS = ["Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "InvertedPendulum-v5"]
 
 
@@ -70,9 +69,10 @@ def test_summary(case, finished):
 
 
 def test_tensorboard(case, finished):
+    """The tags are those of the script's page. Success, critics: of some runs only."""
     events = EventAccumulator(str(finished)).Reload()
-    learns = case.every < 100 and not case.queries
-    assert set(events.Tags()["scalars"]) >= TAGS | (LEARNS if learns else set())
+    page = (ROOT / "docs" / f"{case.script}.md").read_text()
+    assert set(events.Tags()["scalars"]) ^ set(re.findall(TAG, page)) <= SOME
     logged = events.Scalars("eval/return_mean")
     curve = read_json(finished / "summary.json")["curve"]
     assert [event.step for event in logged] == [point["steps"] for point in curve]
@@ -129,10 +129,9 @@ def test_evaluations_change_nothing(case, finish, tmp_path):
     assert same(case.run(tmp_path / "run", *flags), weights(finish(case)))
 
 
-@pytest.mark.parametrize("case", [PPO], ids=str)
-def test_videos(case, tmp_path):
+def test_videos(tmp_path):
     flags = ["--eval-episodes", 2, "--total-steps", 100, "--capture-video"]
-    assert case.main("--out", tmp_path / "run", *flags) == 0
+    assert PPO.main("--out", tmp_path / "run", *flags) == 0
     videos = list((tmp_path / "run" / "videos").rglob("*.mp4"))
     assert len(videos) == 3 and all(b"ftyp" in path.read_bytes()[:16] for path in videos)
 
@@ -145,8 +144,6 @@ def test_from_python(case, finished, tmp_path):
     assert summary["learner"] == learner
     policy, env_id = case.module.load_policy(tmp_path / "run" / "policy.pt")
     assert env_id == case.env_id and same(policy.state_dict(), weights(finished))
-    with pytest.raises(case.module.BadInput, match="run"):
-        case.module.train(case.module.parse_args(argv))
 
 
 @pytest.mark.parametrize("case", [c for c in FEW if not c.queries], ids=str)
@@ -155,10 +152,3 @@ def test_a_task_of_a_module(case, tmp_path):
     case.run(tmp_path / "run", *task, iterations=1)
     case.resume(tmp_path / "run", iterations=2)
     assert case.main("--evaluate", tmp_path / "run" / "policy.pt", *task, "--eval-episodes", 2) == 0
-
-
-@pytest.mark.parametrize("module", ["", "toys:"])
-def test_what_it_wrote_is_the_next_expert(module, tmp_path):
-    task = ["--env-id", f"{module}ToyBox-v0"]
-    AGGREVATED.run(tmp_path / "run", *task, iterations=1)
-    AGGREVATED.run(tmp_path / "next", *task, "--expert", tmp_path / "run" / "policy.pt")
