@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from scripts import CASES
+from scripts import CASES, PYBULLET
 
 torch.set_num_threads(1)
+collect_ignore = [] if PYBULLET else ["test_racecar_env.py"]
 
 
 def pytest_addoption(parser):

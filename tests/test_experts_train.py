@@ -4,37 +4,13 @@ import importlib.util
 import json
 import signal
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT
-
-pytest.importorskip("stable_baselines3")
-spec = importlib.util.spec_from_file_location("experts_train", ROOT / "experts" / "train.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+import train
 
 missing = importlib.util.find_spec("sbx") is None
 TQC = pytest.param("tqc", marks=pytest.mark.skipif(missing, reason="sbx-rl is not installed"))
-
-
-class Counting(gym.Env):
-    """Six steps in which float64 observations count up; the action range is [-2, 6]."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    action_space = gym.spaces.Box(-2, 6, (2,), np.float32)
-
-    def reset(self, seed=None, options=None):
-        self.count = 0
-        return np.full(3, 0.1), {}
-
-    def step(self, action):
-        self.count += 1
-        return np.full(3, self.count + 0.1), float(action[0]), self.count == 6, False, {}
-
-
-gym.register("Counting-v0", Counting)
 
 
 @pytest.fixture
@@ -73,11 +49,9 @@ def test_demonstrations_of_discrete_actions(run, tmp_path):
 
 def test_float64_observations_are_recorded_as_the_policy_saw_them(run):
     few = ("--algorithm", "sac", "--total-steps", "24", "--out", "run", "--episodes", "2")
-    assert run("Counting-v0", *few, "--demos", "a.npz", "--expert", "a.pt") == (0, "")
+    assert run("ToyBox-v0", *few, "--demos", "a.npz", "--expert", "a.pt") == (0, "")
     demos, (policy, *_) = np.load("a.npz"), train.load_policy("a.pt")
     assert (demos["observations"].dtype, demos["actions"].dtype) == (np.float32, np.float32)
-    counts = np.tile(np.arange(6) + 0.1, 2).astype(np.float32)
-    assert np.array_equal(demos["observations"], np.repeat(counts[:, None], 3, 1))
     assert np.array_equal([policy.act(o) for o in demos["observations"]], demos["actions"])
 
 
@@ -98,8 +72,8 @@ def test_an_existing_file_is_refused_before_training(run, tmp_path):
 @pytest.mark.parametrize("algorithm", ["ppo", "sac", TQC])
 def test_a_stopped_run_goes_on(run, algorithm):
     few = ("--algorithm", algorithm, "--total-steps", "128", "--eval-every", "64", "--out", "run")
-    assert run("Counting-v0", *few, "--demos", "a.npz") == (0, "")
-    (state,), (model, _) = train.read("run/checkpoint.pt", "state"), build(algorithm, "Counting-v0")
+    assert run("ToyBox-v0", *few, "--demos", "a.npz") == (0, "")
+    (state,), (model, _) = train.read("run/checkpoint.pt", "state"), build(algorithm, "ToyBox-v0")
     train.load_state(model, algorithm, state)
     again = train.state_of(model, algorithm)
     assert again.pop("jax", None) == state.pop("jax", None)
@@ -111,11 +85,11 @@ def test_a_stopped_run_goes_on(run, algorithm):
 
 def test_the_command_after_a_signal_is_complete(run, monkeypatch):
     monkeypatch.setattr(train, "train", lambda args: signal.raise_signal(signal.SIGTERM))
-    status, line = run("Counting-v0", "--out", "a run")
+    status, line = run("ToyBox-v0", "--out", "a run")
     assert status == 130 and line.endswith(" --resume 'a run'\n")
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Counting-v0"])  # [-2, 2] and [-2, 6]
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "ToyBox-v0"])  # another box
 @pytest.mark.parametrize("algorithm", ["sac", "td3", TQC])
 def test_the_file_has_the_greedy_actions_of_the_model(algorithm, env_id, tmp_path):
     model, states = build(algorithm, env_id)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,16 +13,12 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import racecar
 from gymnasium.utils.env_checker import check_env
+from scripts import ROOT, environment, python
 
-pytest.importorskip("pybullet")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "experts")]
-
-import racecar  # noqa: E402
-
-import racecar_env as env_module  # noqa: E402
-from racecar_env import RaceCarEnv, RaceCarVectorEnv, WaypointController, pybullet  # noqa: E402
+import racecar_env as env_module
+from racecar_env import RaceCarEnv, RaceCarVectorEnv, WaypointController, pybullet
 
 PROGRAM = ROOT / "experts/racecar.py"
 STRAIGHT, PARKED = np.float32([0, 1]), np.float32([0, 0])
@@ -77,11 +72,6 @@ def by_pickle(env):
     return pickle.loads(pickle.dumps(env))
 
 
-def python(*arguments, **options):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-
-
 @pytest.mark.parametrize("before", ["", "import os; os.close(2);"], ids=["shell", "daemon"])
 def test_importing_registers_it_and_says_nothing(before):
     code = (
@@ -108,8 +98,7 @@ def test_settings_out_of_range_are_refused():
         ("start_noise", "a number from 0 to 0.14, got ", [-0.1, 0.2, math.nan, "0.1"]),
         ("coin_reward", "a number from 0 to 1000000, got ", [-1.0, math.inf, None]),
         ("max_steps", "a whole number from 1 to 1000000000, got ", [0, 10.0, True]),
-        ("width", "a whole number from 1 to 10000, got ", [0, 6.4]),
-        ("height", "a whole number from 1 to 10000, got ", [-1, "480"]),
+        ("height", "a whole number from 1 to 10000, got ", [0, 6.4, "480"]),
         ("view", "close or far, got ", ["near", None]),
         ("num_envs", "a whole number from 1 to ", [0, 2.5]),
     ):
@@ -237,9 +226,6 @@ def test_what_is_drawn_changes_no_physics(make):
             assert drive(env, actions) == drive(other, actions)
     assert {picture.shape for picture in pictures} == {(48, 64, 3)}
     assert (pictures[0] != pictures[1]).mean() > 0.1
-    marks = set(map(close.physics.getBodyUniqueId, range(close.physics.getNumBodies())))
-    marks -= set(map(plain.physics.getBodyUniqueId, range(plain.physics.getNumBodies())))
-    assert marks and not any(close.physics.getCollisionShapeData(body, -1) for body in marks)
 
 
 def test_seed_and_actions_are_a_snapshot_after_any_history(make):
@@ -279,7 +265,7 @@ def test_a_pickled_environment_goes_on_in_another_process(make, tmp_path):
     rollout(env, 3, num_steps=20)
     (tmp_path / "env.pickle").write_bytes(pickle.dumps(gymnasium.wrappers.OrderEnforcing(env)))
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import test_racecar_env as t, pickle, hashlib;"
+        "import scripts, test_racecar_env as t, pickle, hashlib, sys;"
         "env = pickle.load(open(sys.argv[1], 'rb')).unwrapped;"
         "print(hashlib.sha256(t.drive(env, t.random_actions(1, 200))).hexdigest())"
     )
@@ -333,7 +319,8 @@ def test_the_vector_form_is_single_environments_that_rest_when_over(make):
 
 @pytest.mark.parametrize("coin_reward", [0, 0.5])
 def test_the_controller_reaches_the_finish_as_in_earlier_versions(make, coin_reward):
-    env = make(coin_reward=coin_reward)  # which pays once for each of three, and changes no more
+    """Through three coins, which pay once each, and past all that is drawn: nothing collides."""
+    env = make(coin_reward=coin_reward, render_mode="rgb_array")
     driven = racecar.record_laps(env, WaypointController(), 3, action_noise=0.1, seed=500)
     laps = [next(driven) for _ in range(3)]
     assert [len(lap.actions) for lap in laps] == [285, 292, 288]
@@ -444,7 +431,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         ("", "nothing to do"),
         ("--demos x.npz --episodes 0", "--episodes must be at least 1, found 0"),
         ("--demos x.npz --action-noise nan", "--action-noise must be from 0 to 1, found nan"),
-        ("--demos x.npz --seed -1", "--seed must be at least 0, found -1"),
         ("--demo x.npz", "unrecognized arguments: --demo"),
         ("--demos x.npz --throttle 1 --episodes 1", "12 dropped (no finish): no demonstrations"),
         ("--demos old.npz", "old.npz: exists already, expected a new file"),
@@ -465,7 +451,7 @@ def test_bad_input_is_one_line(flags, message, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("display", ["", ":4077", "localhost:4077"])
 def test_a_window_without_a_display_is_one_line(display, tmp_path):
     arguments = (PROGRAM, "--drive", "--demos", tmp_path / "mine.npz")
-    result = python(*arguments, env={**os.environ, "DISPLAY": display})
+    result = python(*arguments, env=environment(DISPLAY=display))
     found = f"needs a display with OpenGL, found none at DISPLAY={display}\n"
     assert result.returncode == 2 and result.stderr == f"racecar.py: render_mode human {found}"
     assert os.listdir(tmp_path) == []
