@@ -17,6 +17,11 @@ def long(request):
     return request.config.getoption("--long")
 
 
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", params=CASES, ids=str)
 def case(request):
     return request.param

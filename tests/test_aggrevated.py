@@ -10,18 +10,11 @@ from written import checkpoint, read_json, same, weights
 
 script = AGGREVATED.module
 SHIPPED = sorted((ROOT / "experts").glob("*_*.pt"))
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def new_policy(activation="relu"):
     return script.Policy([3, 8, 8, 2], activation, [-1.0, 0.0], [1.0, 2.0])
-
-
-# --- mathematics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -115,9 +108,6 @@ def test_refitted_critics_are_the_experts():
     assert torch.allclose(critics(states, actions), exact.expand(2, -1), atol=0.03)
 
 
-# --- roll-ins -------------------------------------------------------------------------------------
-
-
 def roll(alpha, *flags):
     args = script.parse_args(AGGREVATED.argv("--num-envs", 6, "--switch", 8, *flags))
     teacher, _ = script.load_policy(expert("ToyBox-v0"))
@@ -157,9 +147,6 @@ def test_actions_that_are_not_finite_never_reach_box2d():
         new_policy().to_env(torch.tensor([0, np.nan]))
 
 
-# --- a run ----------------------------------------------------------------------------------------
-
-
 def test_a_run_counts_alpha_down_and_keeps_every_transition(finish):
     summary = read_json(finish(AGGREVATED) / "summary.json")
     transitions = checkpoint(finish(AGGREVATED))["parts"]["transitions"]
@@ -168,20 +155,17 @@ def test_a_run_counts_alpha_down_and_keeps_every_transition(finish):
 
 
 def test_the_best_by_validation_is_kept(tmp_path):
-    first = AGGREVATED.run(tmp_path / "one", iterations=1)
-    kept = AGGREVATED.run(tmp_path / "run", iterations=6)
+    """A run that ends with the best ends with the same policy. Without an anchor some get worse."""
+    flags = ["--anchor", 0, "--policy-updates", 50, "--critic-updates", 1]
+    kept = AGGREVATED.run(tmp_path / "run", *flags, iterations=6)
     curve = read_json(tmp_path / "run" / "summary.json")["curve"]
-    returns = [point["return_mean"] for point in curve]
-    best = len(returns) - 1 - int(np.argmax(returns[::-1]))
-    again = AGGREVATED.run(tmp_path / "again", iterations=best + 1)
-    assert same(kept, again) and (best == 0 or not same(kept, first))
-    assert returns[0] != max(returns) or best == 0
+    best = int(np.argmax([point["return_mean"] for point in curve]))
+    assert best < 5
+    assert same(kept, AGGREVATED.run(tmp_path / "again", *flags, iterations=best + 1))
 
 
 def test_validation_and_final_evaluation_never_share_a_seed():
-    """The final seeds begin 5,000 after the first of validation."""
-    most = script.parse_args(["--eval-episodes", "500"]).eval_episodes
-    assert script.VALIDATION * most <= 5_000
+    """The final seeds begin 5,000 after the first of validation, which has ten times as many."""
     with pytest.raises(script.BadInput):
         script.parse_args(["--eval-episodes", "501"])
 

@@ -7,21 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from scripts import OFFLINE, PPO, PYBULLET, RACECAR, REINFORCE
+from scripts import OFFLINE, PPO, RACECAR, REINFORCE
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
 from written import checkpoint
 
 gail, offline = PPO.module, OFFLINE.module
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def discrete_policy(hidden=8):
-    policy = gail.Policy(3, 1, 4, hidden)
+def discrete_policy():
+    policy = gail.Policy(3, 1, 4, 8)
     policy.standardise.measure(torch.randn(50, 3) * 3 + 1)
     return policy
 
@@ -32,31 +28,19 @@ def box_policy():
     return policy
 
 
-# --- advantages and policy gradients --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
 def test_advantages_by_their_definition(gae_lambda):
-    """A(t) = sum over k of (gamma lambda)^k delta(t + k), to the end of t's episode.
-
-    With lambda = 1 that is the return, which goes on with the next state's value where an episode
-    is truncated or cut off by the end of the rollout, minus the value."""
+    """A(t) = sum over k of (gamma lambda)^k delta(t + k), to the end of t's episode."""
     rewards, values, next_values = torch.randn(3, 12, 3)
-    terminated, truncated = torch.zeros(2, 12, 3, dtype=torch.bool)
-    terminated[3, 0] = terminated[-1, 0] = truncated[5, 1] = True
-    done = terminated | truncated
-    next_values[:-1] = next_values[:-1].where(done[:-1], values[1:]) * ~terminated[:-1]
+    done = torch.zeros(12, 3, dtype=torch.bool)
+    done[3, 0] = done[-1, 0] = done[5, 1] = True
     found = gail.generalized_advantages(rewards, values, next_values, done, 0.9, gae_lambda)
     for t, env in np.ndindex(12, 3):
         end = next(i for i in range(t, 12) if done[i, env] or i == 11)
-        steps = [(0.9 ** (i - t), (i, env)) for i in range(t, end + 1)]
-        deltas = (rewards[at] + 0.9 * next_values[at] - values[at] for _, at in steps)
-        exact = sum(w * gae_lambda ** (at[0] - t) * d for (w, at), d in zip(steps, deltas))
+        steps = [(i, env) for i in range(t, end + 1)]
+        deltas = (rewards[at] + 0.9 * next_values[at] - values[at] for at in steps)
+        exact = sum((0.9 * gae_lambda) ** k * delta for k, delta in enumerate(deltas))
         assert float(found[t, env]) == pytest.approx(float(exact), abs=1e-5)
-        if gae_lambda == 1:
-            exact = sum(w * rewards[at] for w, at in steps)
-            exact += 0.9 * steps[-1][0] * next_values[end, env] - values[t, env]
-            assert float(found[t, env]) == pytest.approx(float(exact), abs=1e-5)
 
 
 def test_reinforce_against_enumeration():
@@ -86,7 +70,6 @@ def test_reinforce_against_enumeration():
 
 
 def test_ppo_clips_as_in_equation_7():
-    """Before the first update every ratio is 1, and its gradient is REINFORCE's."""
     logs, advantages = [0.5, 0.5, -0.5, -0.5, 0.1, 0.1], [2.0, -2.0, 2.0, -2.0, 2.0, -2.0]
     log_probs, advantages = torch.tensor(logs, requires_grad=True), torch.tensor(advantages)
     loss = gail.ppo_loss(log_probs, torch.zeros(6), advantages, clip=0.2)
@@ -94,11 +77,8 @@ def test_ppo_clips_as_in_equation_7():
     terms = [min(r * a, min(max(r, 0.8), 1.2) * a) for r, a in zip(ratios, advantages.tolist())]
     assert float(loss.detach()) == pytest.approx(-sum(terms) / 6, rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, log_probs)
-    assert (gradient == 0).tolist() == [True, False, False, True, False, False]
-    loss = gail.ppo_loss(log_probs, log_probs.detach(), advantages, 0.2)
-    (ours,) = torch.autograd.grad(loss, log_probs)
-    (reinforce,) = torch.autograd.grad(gail.reinforce_loss(log_probs, advantages), log_probs)
-    assert torch.equal(ours, reinforce)
+    slopes = torch.tensor(ratios) * advantages / -6  # where it does not clip
+    assert torch.allclose(gradient, slopes * torch.tensor([0, 1, 1, 0, 1, 1]))
 
 
 @pytest.mark.parametrize("env_id, last", [("Toy-v0", 0), ("ToyBox-v0", 2)])
@@ -119,9 +99,6 @@ def test_what_is_kept_is_an_average_of_the_policies(env_id, last, tmp_path, monk
         for policy in policies[first:]:
             exact = exact + 0.1 * (policy[name] - exact)
         assert torch.allclose(value.double(), exact, atol=1e-5), name
-
-
-# --- policies -------------------------------------------------------------------------------------
 
 
 def test_a_policy_over_discrete_actions():
@@ -178,7 +155,7 @@ def test_only_discrete_actions_get_an_entropy_bonus(way, tmp_path):
         assert torch.equal(*found) == box
 
 
-@pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR * PYBULLET], ids=str)
+@pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR], ids=str)
 def test_step_sizes_fall_over_the_first_budget(case, tmp_path):
     """On REINFORCE's race car over two. A run that is resumed keeps its own schedule."""
     parse, budgets = case.module.parse_args, 2 if case in RACECAR[1:] else 1
@@ -198,9 +175,6 @@ def test_observations_are_standardised_and_a_constant_is_only_shifted():
     assert layer(torch.tensor([1e9, -1e9, 5.5])).tolist() == [10, -10, 0.5]
     layer.measure(sample[:1])
     assert layer(sample[:1]).tolist() == [[0, 0, 0]]
-
-
-# --- discriminator --------------------------------------------------------------------------------
 
 
 def test_discriminator_loss_against_binary_cross_entropy():
@@ -287,9 +261,6 @@ def test_gradient_penalty_against_finite_differences():
     assert all(layer.grad.abs().sum() > 0 for layer in list(discriminator.parameters())[::2])
 
 
-# --- offline: in expectation over the actions -----------------------------------------------------
-
-
 @pytest.fixture
 def table():
     """Of 20 states and 3 actions: f or rewards, the expert's actions, log pi."""
@@ -326,9 +297,6 @@ def test_offline_discriminator_by_its_definition(table):
     f, _, log_probs = table
     found = offline.discriminator_logits(lambda observations: f, None, log_probs).sigmoid()
     assert torch.allclose(found, f.exp() / (f.exp() + log_probs.exp()), atol=1e-6)
-
-
-# --- evaluation -----------------------------------------------------------------------------------
 
 
 def energy(x, y):
@@ -382,12 +350,6 @@ def test_solved_is_the_first_evaluation_from_which_on_all_are_good(marks, solved
     assert found["verdict"].endswith("advice") == (solved is None)
 
 
-# --- the race car ---------------------------------------------------------------------------------
-
-cars = pytest.mark.skipif(not PYBULLET, reason="no pybullet")
-
-
-@cars
 @pytest.mark.parametrize("case", RACECAR, ids=str)
 def test_the_race_cars_discriminator_sees_headings_as_angles(case):
     script = case.module
@@ -402,7 +364,6 @@ def test_the_race_cars_discriminator_sees_headings_as_angles(case):
     assert torch.allclose(discriminator.make_pairs(turned, taken), pairs, atol=1e-4)
 
 
-@cars
 @pytest.mark.parametrize("case", RACECAR, ids=str)
 def test_a_finish_and_a_wall_are_absorbed_apart(case):
     script = case.module
@@ -422,17 +383,16 @@ def test_a_finish_and_a_wall_are_absorbed_apart(case):
     env.close()
 
 
-@cars
-@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 3.0])
-def test_the_race_cars_penalty_is_for_slopes_above_one(slope):
+@pytest.mark.parametrize("case", RACECAR, ids=str)
+@pytest.mark.parametrize("slope", [0.5, 3.0])
+def test_the_race_cars_penalty_is_for_slopes_above_one(case, slope):
     line = torch.nn.Linear(13, 1)
     with torch.no_grad():
         line.weight.copy_(slope * torch.eye(13)[3])
-    penalty = RACECAR[0].module.gradient_penalty(line, torch.randn(5, 13), torch.randn(5, 13))
+    penalty = case.module.gradient_penalty(line, torch.randn(5, 13), torch.randn(5, 13))
     assert float(penalty.detach()) == pytest.approx(max(0.0, slope - 1) ** 2)
 
 
-@cars
 @pytest.mark.parametrize("case", RACECAR, ids=str)
 def test_the_actions_deviation_falls_by_the_schedule(case, tmp_path):
     """Half of it has passed when the third iteration begins."""

@@ -80,14 +80,6 @@ def test_with_a_higher_budget(case, finish, tmp_path):
     assert ours["steps"] == theirs["steps"] and ours.get("demos") == theirs.get("demos")
 
 
-def test_with_a_lower_budget_it_ends_at_once(case, finished, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "summary.json").unlink()
-    assert case.main("--resume", folder, "--total-steps", 1) == 0
-    assert same(weights(folder), weights(finished))
-    assert read_json(folder / "summary.json")["steps"] == 3 * case.every
-
-
 @pytest.mark.parametrize("case", [BC, PPO], ids=str)
 def test_demonstrations_may_move_but_not_change(case, tmp_path, capsys):
     """Neither those that are learnt from nor, at the end of the file, those that are held out."""
@@ -138,9 +130,6 @@ def test_a_task_that_cannot_be_replayed_begins_new_episodes(tmp_path, capsys):
     PPO.resume(tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if "replayed" in line]
     assert len(lines) == 1 and "new ones begin" in lines[0]
-
-
-# --- checkpoints that are not whole ---------------------------------------------------------------
 
 
 def refuses(case, folder, capsys):

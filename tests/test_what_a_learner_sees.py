@@ -8,7 +8,6 @@ import pytest
 import torch
 from gymnasium.envs.registration import WrapperSpec
 from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos
-from toys import demonstrations
 from written import checkpoint, read_json, same, weights
 
 
@@ -94,26 +93,24 @@ def test_no_seed_is_shared(case, wrap, tmp_path):
     assert steps == in_training or case.queries
 
 
+CRITIC = "--gamma 0.9 --critic-lr 0.02 --num-envs 4 --num-steps 30 --epochs 5 --schedule 1000000"
+CRITIC += " --eval-every 1000000 --total-steps 4800"
+
+
 @pytest.mark.parametrize("env_id, value", [("Truncating-v0", 10.0), ("Terminating-v0", 1.9)])
 def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_ends(env_id, value, tmp_path):
     """The critic's value, if every step pays 1: 1 / (1 - gamma), or the mean over three steps."""
-    np.savez(tmp_path / "demos.npz", **demonstrations(env_id))
-    flags = "--control constant-reward --gamma 0.9 --critic-lr 0.02 --num-envs 4 --num-steps 30"
-    flags = [*flags.split(), "--epochs", 5, "--schedule", 10**6, "--eval-every", 10**6]
-    task = ["--env-id", env_id, "--demos", tmp_path / "demos.npz", "--total-steps", 120 * 40]
-    PPO.run(tmp_path / "run", *flags, *task)
+    flags = ["--control", "constant-reward", "--env-id", env_id, "--demos", demos(env_id)]
+    PPO.run(tmp_path / "run", *CRITIC.split(), *flags)
     assert critic_value(tmp_path / "run") == pytest.approx(value, abs=0.15)
 
 
 @pytest.mark.parametrize("absorbing", ["yes", "no"])
 def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
     """Here a discriminator that does not learn judges it. Without it, nothing follows an end."""
-    np.savez(tmp_path / "demos.npz", **demonstrations("Terminating-v0"))
-    flags = "--control frozen-discriminator --gamma 0.9 --critic-lr 0.02 --num-envs 4 --policy-lr 0"
-    flags = [*flags.split(), "--num-steps", 30, "--epochs", 5, "--schedule", 10**6]
-    task = ["--env-id", "Terminating-v0", "--demos", tmp_path / "demos.npz"]
-    task += ["--total-steps", 120 * 40, "--eval-every", 10**6, "--absorbing", absorbing]
-    PPO.run(tmp_path / "run", *flags, *task)
+    flags = ["--control", "frozen-discriminator", "--policy-lr", 0, "--absorbing", absorbing]
+    task = ["--env-id", "Terminating-v0", "--demos", demos("Terminating-v0")]
+    PPO.run(tmp_path / "run", *CRITIC.split(), *flags, *task)
     gail, parts = PPO.module, checkpoint(tmp_path / "run")["parts"]
     policy, _ = gail.load_policy(tmp_path / "run" / "policy.pt")
     discriminator = gail.Discriminator(policy, 8)
