@@ -6,19 +6,14 @@ import json
 import pickle
 import sys
 import zipfile
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
-from gymnasium.wrappers import RescaleAction, TransformAction
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 from written import Payload, contents
@@ -26,12 +21,6 @@ from written import Payload, contents
 sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
 convert, from_minari = import_module("convert"), import_module("from_minari")
 h5py = from_minari.h5py
-needs_h5py = pytest.mark.skipif(h5py is None, reason="needs h5py")
-WALKER = partial(gym.make, "BipedalWalker-v3", max_episode_steps=5)
-LOW, HIGH = np.float32([-3, 0, -1, 0.5]), np.float32([1, 2, 1, 2.5])
-WIDE = Box(LOW, np.float32(np.inf))
-gym.register("Converted-v0", lambda **_: RescaleAction(WALKER(), LOW, HIGH))
-gym.register("WalkerUnbounded-v0", lambda **_: TransformAction(WALKER(), None, WIDE))
 
 
 @pytest.fixture
@@ -54,7 +43,7 @@ def refuses(tmp_path, capsys, monkeypatch):
 # --- convert.py -----------------------------------------------------------------------------------
 
 
-def model(algorithm=SAC, env="Converted-v0", policy="MlpPolicy", options=None, **kwargs):
+def model(algorithm=SAC, env="ToyBox-v0", policy="MlpPolicy", options=None, **kwargs):
     """A tiny one, untrained, with large biases: the actions of a new one hardly differ."""
     kwargs = {"net_arch": [8], **kwargs}
     made = algorithm(policy, env, policy_kwargs=kwargs, seed=0, device="cpu", **(options or {}))
@@ -90,7 +79,7 @@ def check_same(path, model):
     return expert
 
 
-@pytest.mark.parametrize("env_id", ["Converted-v0", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["ToyBox-v0", "Pendulum-v1"])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("net_arch", [[], [16], [8, 16, 12], {"pi": [5, 6], "qf": [7]}], ids=str)
 @pytest.mark.parametrize("algorithm", [SAC, TD3, DDPG])
@@ -114,43 +103,36 @@ def test_a_zip_of_the_first_version(tmp_path):
 
 MU = "actor.mu.weight"
 TimesTen = type("TimesTen", (FlattenExtractor,), {"forward": lambda self, x: 10 * x})  # no weights
-FRAMES = VecFrameStack(DummyVecEnv([lambda: gym.make("Converted-v0")]), 3)
 BAD_MODELS = [  # the model; the task it is converted for; a word of the line
-    ({"features_extractor_class": TimesTen}, "Converted-v0", "TimesTen"),
-    ({"policy": type("Mine", (SACPolicy,), {"__module__": "own"})}, "Converted-v0", "class own"),
-    ({"options": {"use_sde": True}}, "Converted-v0", "use_sde True"),
-    ({"activation_fn": nn.LeakyReLU}, "Converted-v0", "LeakyReLU"),
-    ({"algorithm": PPO}, "Converted-v0", "ActorCriticPolicy"),
-    ({"env": FRAMES}, "Converted-v0", "observations of shape (72,)"),
-    ({}, "CarRacing-v3", "flat Box"),
-    ({}, "WalkerUnbounded-v0", "bounded"),
+    ({"features_extractor_class": TimesTen}, "ToyBox-v0", "TimesTen"),
+    ({"policy": type("Mine", (SACPolicy,), {"__module__": "own"})}, "ToyBox-v0", "class own"),
+    ({"options": {"use_sde": True}}, "ToyBox-v0", "use_sde True"),
+    ({"activation_fn": nn.LeakyReLU}, "ToyBox-v0", "LeakyReLU"),
+    ({"algorithm": PPO}, "ToyBox-v0", "ActorCriticPolicy"),
+    ({"env": "BipedalWalker-v3"}, "ToyBox-v0", "observations of shape (24,)"),
+    ({}, "Image-v0", "flat Box"),
+    ({}, "Unbounded-v0", "bounded"),
     ({}, "None-v0", "--env-id None-v0"),
 ]
 BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the "weights"; a word
     ("policy_kwargs", {"new": 1}, "new 1"),
     ("policy_kwargs", {"features_extractor_kwargs": {"a": 1}}, "'a': 1"),
-    ("policy_class", {"__init__": "CnnPolicy"}, "CnnPolicy"),
     ("_vec_normalize_env", {":type:": "VecNormalize"}, "VecNormalize"),
     ("action_space", {":type:": "Dict"}, "Dict"),
-    ("action_space", {"low": "[-3. 0. 0. 0.]"}, "actions with low [-3. 0. 0. 0.]"),
-    ("observation_space", {"high": "[1. 1.]"}, "observations with high [1. 1.]"),
-    ("all", {}, "policy class"),
+    ("action_space", {"low": "[-1. -1.]"}, "actions with low [-1. -1.]"),
     ("all", pickle.dumps(Payload(Path()), 0), "JSON"),
     ("all", {"env_id": "A-v0"}, "for A-v0"),
-    ("all", {"env_id": "Converted-v0"}, "[-1, 1]"),
+    ("all", {"env_id": "ToyBox-v0"}, "[-1, 1]"),
     ("weights", lambda x: x | {MU: x[MU] * np.nan}, "NaN"),
-    ("weights", lambda x: x | {MU: x[MU] + np.inf}, "infinite"),
     ("weights", lambda x: x | {MU: x[MU].double()}, "float64"),
-    ("weights", lambda x: x | {MU: x[MU][:, :4]}, "(4, 4)"),
     ("weights", lambda x: x | {MU: torch.zeros(1).expand(10**6, 10**6)}, "1000000"),
     ("weights", lambda x: x | {"actor.extra": x[MU]}, "actor.extra"),
-    ("weights", lambda x: {k: x[k] for k in x if k != "actor.mu.bias"}, "mu.bias"),
     ("weights", lambda x: {k.replace("pi.0", "pi.1"): x[k] for k in x}, "latent_pi"),
     ("weights", lambda x: {MU: [1.0]}, "tensors"),
     ("weights", lambda x: {MU: Payload(Path())}, "UnpicklingError"),
     ("weights", lambda x: pickle.dumps(Payload(Path())), "not a zip"),
 ]
-TO_TOY = ["model.zip", "--env-id", "Converted-v0", "--out", "expert.pt"]
+TO_TOY = ["model.zip", "--env-id", "ToyBox-v0", "--out", "expert.pt"]
 
 
 @pytest.mark.parametrize("made, env_id, word", BAD_MODELS)
@@ -219,7 +201,6 @@ def dataset(change=None, about=None):
                 group[name] = value
 
 
-@needs_h5py
 def test_minari(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", "toy/..")
@@ -236,37 +217,29 @@ def test_minari(tmp_path, monkeypatch):
 
 BAD_DATASETS = [  # what is changed in the second episode, in the metadata; a word of the line
     ({"observations": lambda x: x.create_group("observations/a")}, {}, "is a Group"),
-    ({"observations": np.ones((4, 9, 9, 3))}, {}, "(4, 9, 9, 3)"),
     ({"observations": np.ones((3, 4))}, {}, "expected (4, n)"),
     ({"observations": np.ones((4, 5))}, {}, "expected one kind"),
     ({"observations": np.full((4, 4), np.nan)}, {}, "NaN"),
     ({"observations": ["a"] * 4}, {}, "object"),
-    ({"observations": h5py and h5py.SoftLink("/episode_0/observations")}, {}, "link"),
-    ({"observations": h5py and h5py.ExternalLink("other.hdf5", "/x")}, {}, "link"),
+    ({"observations": h5py.ExternalLink("other.hdf5", "/x")}, {}, "link"),
     ({"actions": lambda x: x.create_dataset("actions", 3, "f4", external="other")}, {}, "another"),
     ({"actions": lambda x: x.create_dataset("actions", (3, 10**9), "f4")}, {}, "larger than"),
-    ({"actions": np.ones((3, 2), int)}, {}, "expected (3,)"),
-    ({"actions": lambda x: x.create_dataset("actions", 3, h5py.vlen_dtype("i4"))}, {}, "object"),
     ({"rewards": np.ones(0)}, {}, "empty"),
     ({"truncations": [True, False, False]}, {}, "goes on"),
     ({"terminations": lambda x: None}, {}, "no terminations"),
-    ({}, {"observation_space": '{"type": "Dict"}'}, "Dict"),
     ({}, {"observation_space": '{"type": "Box", "shape": [9, 9, 3]}'}, "[9, 9, 3]"),
     ({}, {"data_format": "arrow"}, "arrow"),
     ({}, {"env_spec": None}, "expected --env-id"),
     ({}, {"env_spec": json.dumps({"id": "this:A-v0"})}, "this:A-v0"),
-    ({}, {"env_spec": "{"}, "JSON"),
 ]
 
 
-@needs_h5py
 @pytest.mark.parametrize("change, about, word", BAD_DATASETS)
 def test_bad_datasets(change, about, word, refuses):
     dataset(change, about)
     refuses(from_minari, word, *MINARI)
 
 
-@needs_h5py
 def test_bad_folders(refuses, monkeypatch):
     refuses(from_minari, "no folder", *MINARI)
     dataset()
