@@ -1,8 +1,11 @@
-"""Fixtures: `case`, every row of the table in scripts.py, and `finished`, the folder of its run."""
+"""Fixtures: `case`, every row of the table in scripts.py; `finished`, the folder of its run."""
+
+import functools
 
 import pytest
 import torch
 from scripts import CASES, PYBULLET
+from written import contents
 
 torch.set_num_threads(1)
 collect_ignore = [] if PYBULLET else ["test_racecar_env.py"]
@@ -30,13 +33,12 @@ def case(request):
 @pytest.fixture(scope="session")
 def finish(tmp_path_factory):
     """Gives the folder of a case's uninterrupted run."""
-    folders = {}
 
+    @functools.cache
     def folder(case):
-        if case not in folders:
-            folders[case] = tmp_path_factory.mktemp("finished") / "run"
-            case.run(folders[case])
-        return folders[case]
+        path = tmp_path_factory.mktemp("finished") / "run"
+        case.run(path)
+        return path
 
     return folder
 
@@ -44,3 +46,21 @@ def finish(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(case, finish):
     return finish(case)
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, recwarn):
+    """Run a command line that must be refused in one line that holds these words."""
+
+    def run(case, argv, *words):
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert case.main(*argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not [x for x in recwarn if x.category is RuntimeWarning]  # they are more lines
+        assert line.startswith(f"{case.script}.py: ") and len(line) < 700, line
+        for word in words:
+            assert str(word) in line, line
+        assert contents(tmp_path) == before
+
+    return run

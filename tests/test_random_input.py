@@ -19,8 +19,7 @@ FLAGS = {
 COMMON = ["--out", "--resume", "--evaluate", "--device", "--eval-every", "--total-steps"]
 COSTLY = ("--total-steps", "--num-envs", "--num-steps")
 NUMBERS = some.integers(-5, 40) | some.integers() | some.floats(-2, 2) | some.floats()
-# They stay in the folder.
-LETTERS = some.characters(exclude_characters="/~.\0", exclude_categories=["Cs"])
+LETTERS = some.characters(exclude_characters="/~.\0", exclude_categories=["Cs"])  # in the folder
 KNOWN = some.sampled_from(["yes", "none", "airl", "reinforce", "cuda", "Toy-v0", "demos.npz"])
 VALUE = NUMBERS.map(str) | some.text(LETTERS, max_size=9) | KNOWN
 
@@ -28,14 +27,10 @@ VALUE = NUMBERS.map(str) | some.text(LETTERS, max_size=9) | KNOWN
 @pytest.fixture
 def example(long):
     """Calls the decorated function with random arguments, 50 times or 2,000."""
-
-    def decorate(**arguments):
-        checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-        plan = {"max_examples": 2_000 if long else 50, "derandomize": not long, "database": None}
-        limit = settings(deadline=None, suppress_health_check=checks, **plan)
-        return lambda function: limit(given(**arguments)(function))()
-
-    return decorate
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    plan = {"max_examples": 2_000 if long else 50, "derandomize": not long, "database": None}
+    limit = settings(deadline=None, suppress_health_check=checks, **plan)
+    return lambda **arguments: lambda function: limit(given(**arguments)(function))()
 
 
 def ends_well(case, argv, capsys):
@@ -51,7 +46,6 @@ def test_any_flags(case, example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = case.argv("--out", "run", iterations=1)
     flag = some.tuples(some.sampled_from(FLAGS[case] + COMMON), VALUE)
-
     cheap = flag.filter(lambda x: x[0] not in COSTLY or len(x[1]) < 3)
 
     @example(flags=some.lists(cheap, max_size=3))
@@ -107,10 +101,8 @@ def test_any_change_to_what_torch_wrote(kind, example, finish, tmp_path, capsys,
     path = folder / f"{kind}.pt"
     if kind == "expert":
         shutil.copy(expert(case.env_id), path)
-    argv = {
-        "policy": ["--evaluate", path, "--eval-episodes", 2],
-        "checkpoint": ["--resume", folder],
-    }
+    evaluate = ["--evaluate", path, "--eval-episodes", 2]
+    argv = {"policy": evaluate, "checkpoint": ["--resume", folder]}
     argv["expert"] = AGGREVATED.argv("--out", tmp_path / "new", "--expert", path, iterations=1)
     original = path.read_bytes()
     found = list(places(torch.load(path, weights_only=True)))

@@ -38,7 +38,7 @@ def test_the_default_task(case, tmp_path, monkeypatch, capsys):
     assert not printed.err
 
 
-def test_run_folder(case, finished):
+def test_what_a_run_writes(case, finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert names == FOLDER | events and len(events) == 1
@@ -47,14 +47,10 @@ def test_run_folder(case, finished):
     policy = torch.load(finished / "policy.pt", weights_only=True)
     assert (policy["script"], policy["env_id"]) == (case.script, case.env_id)
     assert (finished / "learning_curve.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_summary(case, finished):
     summary = read_json(finished / "summary.json")
     assert summary.keys() >= SUMMARY and summary["script"] == case.script and summary["verdict"]
     for name, many in (("expert", 10 if case.queries else 24), ("random", 10), ("learner", 10)):
         numbers = NUMBERS - {"occupancy_distance"} if case.queries else NUMBERS
-        assert summary[name].keys() >= numbers | {"episodes"}
         assert all(isinstance(summary[name][key], float) for key in numbers)
         many = 30 if (name, case.env_id) == ("expert", "RaceCar-v0") else many
         assert summary[name]["episodes"] == many
@@ -62,10 +58,6 @@ def test_summary(case, finished):
     assert {"torch", "gymnasium", "numpy"} <= summary["versions"].keys()
     steps = [point["steps"] for point in summary["curve"]]
     assert steps == [case.every * i for i in (1, 2, 3)] and summary["steps"] == steps[-1]
-    for point in summary["curve"]:
-        assert {"wall_seconds", "return_mean", "losses/policy"} <= point.keys()
-    if not case.queries:
-        assert summary["demos"].keys() == {"episodes", "pairs", "sha256"}
 
 
 def test_tensorboard(case, finished):
@@ -90,6 +82,9 @@ def test_evaluate_repeats_the_final_evaluation(case, finished, tmp_path, capsys)
     learner = read_json(finished / "summary.json")["learner"]
     assert read_json(path)["greedy"].items() <= learner.items()
     assert sorted(finished.iterdir()) == before
+    assert case.main(*argv, "--out", "/proc/none") == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("greedy") and len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -129,21 +124,3 @@ def test_videos(tmp_path):
     assert PPO.main("--out", tmp_path / "run", *flags) == 0
     videos = list((tmp_path / "run" / "videos").rglob("*.mp4"))
     assert len(videos) == 3 and all(b"ftyp" in path.read_bytes()[:16] for path in videos)
-
-
-def test_from_python(case, finished, tmp_path):
-    """As in a notebook."""
-    argv = case.argv("--out", tmp_path / "run")
-    summary = case.module.train(case.module.parse_args(argv))
-    learner = read_json(finished / "summary.json")["learner"]
-    assert summary["learner"] == learner
-    policy, env_id = case.module.load_policy(tmp_path / "run" / "policy.pt")
-    assert env_id == case.env_id and same(policy.state_dict(), weights(finished))
-
-
-@pytest.mark.parametrize("case", [c for c in FEW if not c.queries], ids=str)
-def test_a_task_of_a_module(case, tmp_path):
-    task = ["--env-id", f"{'racecar_env' if 'Race' in case.env_id else 'toys'}:{case.env_id}"]
-    case.run(tmp_path / "run", *task, iterations=1)
-    case.resume(tmp_path / "run", iterations=2)
-    assert case.main("--evaluate", tmp_path / "run" / "policy.pt", *task, "--eval-episodes", 2) == 0

@@ -13,11 +13,7 @@ from scripts import CASES, PYBULLET, ROOT, environment, python
 COMMON = "env-id seed out resume evaluate eval-every eval-episodes total-steps capture-video device"
 COMMON = {f"--{name}" for name in f"{COMMON} no-progress help".split()}
 INDIRECT = {"pybullet": "racecar_env", "moviepy": "RecordVideo", "tensorboard": "torch"}
-
-
-@pytest.fixture(params=sync.SCRIPTS)
-def source(request):
-    return ROOT / request.param
+each = pytest.mark.parametrize("source", [ROOT / name for name in sync.SCRIPTS], ids=sync.SCRIPTS)
 
 
 def test_the_scripts_agree():
@@ -40,12 +36,14 @@ def test_nothing_is_unpickled():
             assert "weights_only=True" in call or "allow_pickle=False" in call, call
 
 
+@each
 def test_docstring(source):
     docstring = ast.get_docstring(ast.parse(source.read_text()))
     assert len(docstring.splitlines()) <= 30
     assert docstring.count(f"python {source.name}") >= 3 and "--resume" in docstring
 
 
+@each
 def test_help_shows_every_flag(source):
     """In a process of its own: a script starts from anywhere."""
     done = python(source, "--help", cwd="/", env=environment(COLUMNS="1000"))
@@ -57,20 +55,17 @@ def test_help_shows_every_flag(source):
     assert done.stdout.count("(default: ") > 12
 
 
-def metadata(source):
-    """The inline metadata of PEP 723."""
-    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", source.read_text())
-    return tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(keepends=True)))
-
-
+@each
 def test_dependencies_are_what_is_imported(source):
-    """And requirements.txt has a version of each that will do."""
+    """It declares them as PEP 723 says, and requirements.txt has a version of each that will do."""
     nodes = list(ast.walk(ast.parse(source.read_text())))
     modules = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
     imported = {name for name in imported if not (ROOT / f"{name}.py").exists()}
-    needed = {need.name: need for need in map(Requirement, metadata(source)["dependencies"])}
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+)# ///$", source.read_text())
+    declared = tomllib.loads(block.replace("# ", "").replace("#\n", "\n"))
+    needed = {need.name: need for need in map(Requirement, declared["dependencies"])}
     assert imported == needed.keys() - INDIRECT
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").open())
     pins = {pin.name: pin for pin in (Requirement(line) for line in lines if line)}

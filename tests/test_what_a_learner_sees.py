@@ -23,8 +23,7 @@ class Blind(gym.Wrapper):
 
 
 class Diary(gym.Wrapper):
-    """Remembers the seeds of all resets, and how often it was stepped after each. A reset without a
-    seed draws from the one before it."""
+    """Remembers the seed of each reset, or of the one it draws from, and the number of steps."""
 
     pages, page = [], (None, 0)
 
@@ -38,23 +37,18 @@ class Diary(gym.Wrapper):
         return self.env.step(action)
 
 
-@pytest.fixture
-def wrap(monkeypatch):
+def wrap(env_id, wrapper, monkeypatch):
     """Put a wrapper around every environment of a task that is made from now on."""
-
-    def wrap(env_id, wrapper):
-        spec = copy.copy(gym.spec(env_id))
-        spec.vector_entry_point = None
-        spec.additional_wrappers = (WrapperSpec("Test", f"{__name__}:{wrapper.__name__}", {}),)
-        monkeypatch.setitem(gym.registry, env_id, spec)
-
-    return wrap
+    spec = copy.copy(gym.spec(env_id))
+    spec.vector_entry_point = None
+    spec.additional_wrappers = (WrapperSpec("Test", f"{__name__}:{wrapper.__name__}", {}),)
+    monkeypatch.setitem(gym.registry, env_id, spec)
 
 
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE, REINFORCE, *RACECAR], ids=str)
-def test_rewards_and_info_change_nothing(case, finish, wrap, tmp_path):
+def test_rewards_and_info_change_nothing(case, finish, tmp_path, monkeypatch):
     expected = weights(finish(case))
-    wrap(case.env_id, Blind)
+    wrap(case.env_id, Blind, monkeypatch)
     assert same(case.run(tmp_path / "run"), expected)
     learner = read_json(tmp_path / "run" / "summary.json")["learner"]
     assert learner["return_mean"] is None and "success_rate" not in learner  # they were hidden
@@ -71,26 +65,24 @@ def test_recorded_rewards_change_nothing(case, finish, tmp_path):
 
 
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=str)
-def test_no_seed_is_shared(case, wrap, tmp_path):
+def test_no_seed_is_shared(case, tmp_path, monkeypatch):
     """Nor is a task stepped by what learns without it. AggreVaTeD's expert plays twice."""
     case.argv()  # records the demonstrations
-    wrap(case.env_id, Diary)
-    steps, evaluated, trained = 0, set(), set()
+    wrap(case.env_id, Diary, monkeypatch)
+    steps, evaluated = 0, set()
     for seed in (1, 2):
         Diary.pages.clear()
         case.run(tmp_path / str(seed), "--seed", seed)
         pages = [page for page in Diary.pages if page[0] != 0]  # a task is tried before a run
         seeds = [number for number, _ in pages]
         assert None not in seeds
-        trained |= {number for number in seeds if number < 1_000_000}
         ours = {number for number in seeds if number >= 1_000_000}
         assert len(ours) == (30 if case.queries else 12)  # 20 or 2 to evaluate, 10 at the end
         assert not ours & evaluated
         evaluated |= ours
         steps += sum(n for number, n in pages if number < 1_000_000)
     in_training = 0 if case in (BC, OFFLINE) else 2 * 3 * case.every
-    assert steps >= in_training and bool(steps) == bool(trained) == bool(in_training)
-    assert steps == in_training or case.queries
+    assert steps > in_training if case.queries else steps == in_training
 
 
 CRITIC = "--gamma 0.9 --critic-lr 0.02 --num-envs 4 --num-steps 30 --epochs 5 --schedule 1000000"
@@ -105,10 +97,9 @@ def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_ends(env_id, v
     assert critic_value(tmp_path / "run") == pytest.approx(value, abs=0.15)
 
 
-@pytest.mark.parametrize("absorbing", ["yes", "no"])
-def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
-    """Here a discriminator that does not learn judges it. Without it, nothing follows an end."""
-    flags = ["--control", "frozen-discriminator", "--policy-lr", 0, "--absorbing", absorbing]
+def test_after_an_end_the_absorbing_state_pays_for_ever(tmp_path):
+    """Here a discriminator that does not learn judges it."""
+    flags = ["--control", "frozen-discriminator", "--policy-lr", 0, "--absorbing", "yes"]
     task = ["--env-id", "Terminating-v0", "--demos", demos("Terminating-v0")]
     PPO.run(tmp_path / "run", *CRITIC.split(), *flags, *task)
     gail, parts = PPO.module, checkpoint(tmp_path / "run")["parts"]
@@ -123,7 +114,7 @@ def test_after_an_end_the_absorbing_state_pays_for_ever(absorbing, tmp_path):
         after = discriminator(discriminator.absorbing_pairs(pairs))
         forever = gail.imitation_reward(after, "gail")
     assert forever[0] == forever[1]
-    end = float(forever[0]) / (1 - 0.9) * (absorbing == "yes")
+    end = float(forever[0]) / (1 - 0.9)
     steps = [pay * sum(0.9**i for i in range(n)) + 0.9**n * end for n in (1, 2, 3)]
     assert critic_value(tmp_path / "run") == pytest.approx(np.mean(steps), rel=0.05)
 
