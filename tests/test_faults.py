@@ -167,6 +167,8 @@ def degenerate():
     every = np.ones(len(arrays["actions"]), bool)
     return {
         "one pair": {name: x[:1] for name, x in arrays.items() if name != "metadata"},
+        "constant observations": {"observations": 0 * arrays["observations"]},
+        "an action that is never taken": {"actions": np.ones_like(arrays["actions"])},
         "episodes of one step": {"episode_starts": every, "terminated": every},
         "huge observations": {"observations": arrays["observations"] * np.float32(1e37)},
     }

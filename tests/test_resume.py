@@ -82,6 +82,13 @@ def test_with_a_higher_budget(case, finish, tmp_path):
     assert ours["steps"] == theirs["steps"] and ours.get("demos") == theirs.get("demos")
 
 
+def test_with_a_lower_budget_it_ends_at_once(finish, tmp_path):
+    folder = shutil.copytree(finish(PPO), tmp_path / "run")
+    (folder / "summary.json").unlink()
+    assert same(PPO.resume(folder, "--total-steps", 1), weights(finish(PPO)))
+    assert read_json(folder / "summary.json")["steps"] == 3 * PPO.every
+
+
 @pytest.mark.parametrize("case", [BC, PPO], ids=str)
 def test_demonstrations_may_move_but_not_change(case, tmp_path, refused):
     """Neither those that are learnt from nor, at the end of the file, those that are held out."""

@@ -8,7 +8,7 @@ from 1, or a box with other bounds than [-1, 1]; entries of info that others use
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
 class Toy(gym.Env):
@@ -60,6 +60,8 @@ class Blank(gym.Env):
 
 REFUSED = {
     "Image-v0": {"observation_space": Box(0, 255, (8, 8, 3), np.uint8)},
+    "Dict-v0": {"observation_space": Dict({"a": Box(-1, 1, (3,))})},
+    "Many-v0": {"action_space": MultiDiscrete([2, 3])},
     "Unbounded-v0": {"action_space": Box(-np.inf, 1, (2,))},
     "Matrix-v0": {"action_space": Box(-1, 1, (2, 2))},
     "Integers-v0": {"action_space": Box(-1, 1, (2,), np.int64)},
