@@ -593,7 +593,8 @@ class Run:
         self.demos = {"sha256": sha256(b"".join(weights)).hexdigest()}  # the expert in their place
         self.walks = play(self.expert.act, args, final=True)
         score("expert", self.walks)
-        self.steps, self.env_steps, self.wall_seconds, self.curve = 0, 0, 0.0, []
+        self.setup_seconds = self.wall_seconds = 0.0
+        self.steps, self.env_steps, self.curve = 0, 0, []
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -609,7 +610,8 @@ class Run:
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")

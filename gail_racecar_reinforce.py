@@ -836,7 +836,8 @@ class Run:
         columns = tensors(self.episodes)[:2] + tensors(self.held_out)[:2]
         digest = sha256(b"".join(x.numpy().tobytes() for x in columns)).hexdigest()
         self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
-        self.steps, self.wall_seconds, self.eval_seconds, self.curve = 0, 0.0, 0.0, []
+        self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
+        self.steps, self.curve = 0, []
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -852,7 +853,8 @@ class Run:
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-                vars(self).update({name: state[name] for name in self.kept})
+                for name in self.kept:
+                    setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
             check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
