@@ -101,7 +101,7 @@ def test_demonstrations_may_move_but_not_change(case, tmp_path, refused):
         changed = {**arrays, "observations": arrays["observations"].copy()}
         changed["observations"][row if row else arrays["episode_starts"].nonzero()[0][:4]] += 1
         np.savez(first, **changed)
-        argv = ["--resume", tmp_path / "run", "--total-steps", 10**6]
+        argv = ["--resume", tmp_path / "run", "--total-steps", 2 * case.every]
         refused(case, argv, "has changed", tmp_path / "run")
     policy = case.resume(tmp_path / "run", "--demos", moved, iterations=2)
     assert same(policy, case.run(tmp_path / "again", iterations=2))
@@ -119,7 +119,7 @@ def test_an_expert_may_move_but_not_change(tmp_path, refused):
 @pytest.mark.parametrize("flag", ["--hidden=5", "--seed=3", "--env-id=CartPole-v1"])
 def test_other_settings_are_refused(case, finished, flag, tmp_path, refused):
     folder, name = shutil.copytree(finished, tmp_path / "run"), flag.strip("-").split("=")[0]
-    argv = ["--resume", folder, "--total-steps", 10**6, flag]
+    argv = ["--resume", folder, "--total-steps", 4 * case.every, flag]
     refused(case, argv, folder, name.replace("-", "_"))
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, refused
         parts = {key: part for key, part in whole["parts"].items() if key != name}
         less = {key: x for key, x in {**whole, "parts": parts}.items() if key != name}
         torch.save(less, folder / "checkpoint.pt")
-        refused(case, ["--resume", folder, "--total-steps", 10**6], folder)
+        refused(case, ["--resume", folder, "--total-steps", 4 * case.every], folder)
 
 
 @pytest.mark.parametrize("case", [PPO, AGGREVATED], ids=str)
