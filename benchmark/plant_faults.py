@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT = shutil.ignore_patterns(".git", "runs", "docs", "__pycache__", ".venv*", ".*_cache")
+LEFT = shutil.ignore_patterns(".git", "runs", "__pycache__", ".venv*", ".*_cache")
 FAULTS = {  # name: the text, and what takes its place
     "sign: the expert's label": (
         "F.softplus(-expert_logits).mean() + F.softplus(policy_logits)",
