@@ -81,7 +81,7 @@ RECENT = 10  # with an absorbing state, D learns from this many last rollouts; w
 END_SCALE = 0.3  # what the absorbing state keeps of the last observation: so D learns none by heart
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-SETTLED = 0.2  # the share of their first step sizes at which Gaussian policies hardly scatter
+SETTLED = 0.2  # from this share of its first step sizes on, a Gaussian's average is a short one
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
@@ -580,8 +580,8 @@ def train(args):
 
         # Evaluated and kept is the mean of all policies' parameters so far, the k-th counted k
         # times: of the first k its share is k / (1 + ... + k) = 2 / (k + 1), and the early, poor
-        # ones soon count little (Lacoste-Julien et al. 2012). A Gaussian, which gets no entropy
-        # bonus, scatters less than it improves once steps are small: there, the last ten or so.
+        # ones soon count little (Lacoste-Julien et al. 2012). A Gaussian gets no entropy bonus and
+        # often still improves when its steps are small: then it is the last ten or so.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         settled = share <= SETTLED and not policy.discrete
         move_average(average, policy, 0.1 if settled else 2 / (iteration + 1))
