@@ -81,7 +81,7 @@ RECENT = 10  # with an absorbing state, D learns from this many last rollouts; w
 END_SCALE = 0.3  # what the absorbing state keeps of the last observation: so D learns none by heart
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-SETTLED = 0.2  # from this share of its first step sizes on, a Gaussian's average is a short one
+BOX_POWER = 8  # with Box actions a later policy counts so much more in the average that is kept
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
@@ -338,7 +338,13 @@ class Environments:
         shape = self.envs[0].observation_space.shape
         self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
         self.seeds, self.actions = [None] * num_envs, [None] * num_envs
+        self.cuts = [0] * num_envs
         self.reset()
+        # If all episodes began at once and lasted equally long, each rollout would show one part of
+        # them, and D would take whatever else the expert does for what the policy does not. So the
+        # first ones are cut short, one after another; 0: not cut.
+        longest = self.envs[0].spec.max_episode_steps or 0
+        self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
     def reset(self):
         for i in range(len(self.envs)):
@@ -348,6 +354,7 @@ class Environments:
         """A new episode; or the one of this seed, replayed to the last of these actions."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
+        self.cuts[i] = 0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
         for action in actions:
             self.observations[i], reward, *_ = self.envs[i].step(action)
@@ -362,6 +369,7 @@ class Environments:
             after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)
             self.observations[i], self.returns[i] = after[i], self.returns[i] + reward
             self.actions[i].append(action)
+            truncated[i] |= len(self.actions[i]) == self.cuts[i]
             if terminated[i] or truncated[i]:
                 ended.append((self.returns[i], len(self.actions[i])))
                 self.begin(i)
@@ -370,7 +378,8 @@ class Environments:
     def state_dict(self):
         actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
         observations = torch.tensor(self.observations)
-        return {"seeds": self.seeds, "actions": actions, "observations": observations}
+        state = {"seeds": self.seeds, "cuts": self.cuts, "actions": actions}
+        return {**state, "observations": observations}
 
     def load_state_dict(self, state):
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
@@ -381,6 +390,7 @@ class Environments:
             if (self.observations[i] != state["observations"][i].numpy()).any():
                 self.begin(i)
                 missed += 1
+        self.cuts = state["cuts"]
         if missed:
             say(f"{missed} episodes cannot be replayed in this task: new ones begin")
 
@@ -578,13 +588,12 @@ def train(args):
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # Evaluated and kept is the mean of all policies' parameters so far, the k-th counted k
-        # times: of the first k its share is k / (1 + ... + k) = 2 / (k + 1), and the early, poor
-        # ones soon count little (Lacoste-Julien et al. 2012). A Gaussian gets no entropy bonus and
-        # often still improves when its steps are small: then it is the last ten or so.
+        # Evaluated and kept is an average of all policies' parameters so far. With power 1 the k-th
+        # counts k times; with 8 about k^8 times, so the last tenth most (Shamir & Zhang 2013,
+        # section 4). A Gaussian gets no entropy bonus: it still improves when its steps are small.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
-        settled = share <= SETTLED and not policy.discrete
-        move_average(average, policy, 0.1 if settled else 2 / (iteration + 1))
+        power = 1 if policy.discrete else BOX_POWER
+        move_average(average, policy, (power + 1) / (iteration + power))
 
         scalars = {
             **losses,

@@ -65,11 +65,12 @@ FAULTS = {  # name: the text, and what takes its place
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),
+    "all episodes begin at once": ("== self.cuts[i]", "== -1"),
     "one pair for each end": (
         "after.repeat(round(1 / (1 - gamma)), 1)",
         "after",
     ),
-    "the average's weights": ("2 / (iteration + 1)", "1 / iteration"),
+    "the average's weights": ("(power + 1) / (", "power / ("),
     "the last policy is evaluated": (
         "run.record(scalars, average)",
         "run.record(scalars, policy)",

@@ -138,8 +138,8 @@ def cartpole_step(observations, actions):
 
 
 def long_average(script):
-    """A Gaussian's average is never short: it reaches back over a third of the run."""
-    script.SETTLED = 0.0
+    """A Gaussian's average reaches back over a third of the run, as that of a softmax does."""
+    script.BOX_POWER = 1
 
 
 def last_policy(script):

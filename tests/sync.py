@@ -22,7 +22,7 @@ SCRIPTS = [f"{name}.py" for name in (
 )]  # fmt: skip
 BANNER = "# The harness: "
 OWN = {"train", "add_settings", "diagnose", "update_policy", "behavioural_cloning_loss"}
-PER_TASK = {"Policy", "Discriminator", "gradient_penalty"}
+PER_TASK = {"Policy", "Discriminator", "Environments", "gradient_penalty"}
 ASKING = {"aggrevated_bipedal.py"}
 OWN_HARNESS = {"parse_args", "play", "judge", "Run", "Run.__init__", "Run.record", "Run.finish"}
 

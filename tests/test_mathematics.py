@@ -79,9 +79,9 @@ def test_ppo_clips_as_in_equation_7():
     assert torch.allclose(gradient, slopes * torch.tensor([0, 1, 1, 0, 1, 1]))
 
 
-@pytest.mark.parametrize("env_id, last", [("Toy-v0", 0), ("ToyBox-v0", 2)])
-def test_what_is_kept_is_an_average_of_the_policies(env_id, last, tmp_path, monkeypatch):
-    """The k-th counts k times; the last ones of a Gaussian, whose steps are small, a tenth each."""
+@pytest.mark.parametrize("env_id, power", [("Toy-v0", 1), ("ToyBox-v0", 8)])
+def test_what_is_kept_is_an_average_of_the_policies(env_id, power, tmp_path, monkeypatch):
+    """The k-th counts k times; of a Gaussian, k (k + 1) ... (k + 7) times."""
     policies, move = [], gail.move_average
 
     def note(average, policy, rate):
@@ -90,12 +90,10 @@ def test_what_is_kept_is_an_average_of_the_policies(env_id, last, tmp_path, monk
 
     monkeypatch.setattr(gail, "move_average", note)
     case = dataclasses.replace(PPO, env_id=env_id)
-    kept, first = case.run(tmp_path / "run", iterations=10), 10 - last
+    kept = case.run(tmp_path / "run", iterations=10)
+    counts = [math.prod(range(k, k + power)) for k in range(1, 11)]
     for name, value in kept.items():
-        exact = sum(k * policy[name].double() for k, policy in enumerate(policies[:first], 1))
-        exact = exact / sum(range(1, first + 1))
-        for policy in policies[first:]:
-            exact = exact + 0.1 * (policy[name] - exact)
+        exact = sum(n * policy[name].double() for n, policy in zip(counts, policies)) / sum(counts)
         assert torch.allclose(value.double(), exact, atol=1e-5), name
 
 
@@ -161,6 +159,16 @@ def test_step_sizes_fall_over_the_first_budget(case, tmp_path):
     assert parse(["--total-steps", "777", "--schedule", "5"]).schedule == 5
     case.run(tmp_path / "run", "--schedule", 778, iterations=1)
     assert parse(["--resume", str(tmp_path / "run"), "--total-steps", "9999"]).schedule == 778
+
+
+def test_episodes_of_one_length_do_not_end_together():
+    """They last three steps, in three environments; a copy goes on where the first one is."""
+    first, copied = (gail.Environments("toys:Truncating-v0", 3) for _ in range(2))
+    for _ in range(9):
+        copied.load_state_dict(copy.deepcopy(first.state_dict()))
+        _, terminated, truncated, now = first.step([0, 0, 0])
+        assert not terminated.any() and truncated.sum() == len(now) == 1
+        assert (copied.step([0, 0, 0])[2] == truncated).all()
 
 
 def test_observations_are_standardised_and_a_constant_is_only_shifted():
