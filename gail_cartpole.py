@@ -108,6 +108,7 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
+    flag("--target-kl", type=real, default=0.03, help="most KL in a rollout, per action number")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -385,12 +386,13 @@ class Environments:
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
         not forget at a reset what came before it."""
         missed = 0
-        for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
+        parts = zip(state["seeds"], state["cuts"], state["actions"])
+        for i, (seed, cut, actions) in enumerate(parts):
             self.begin(i, seed, actions.numpy())
+            self.cuts[i] = int(cut)
             if (self.observations[i] != state["observations"][i].numpy()).any():
                 self.begin(i)
                 missed += 1
-        self.cuts = state["cuts"]
         if missed:
             say(f"{missed} episodes cannot be replayed in this task: new ones begin")
 
@@ -445,6 +447,10 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
+    Clipping does not bound a policy's change: now and then one rollout takes it a hundred times as
+    far as the others. So after a pass that led it farther than --target-kl for each number of an
+    action (a Gaussian's KL divergence adds up over them), the critic alone takes the rest.
+
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
     of GAIL's loss rises meanwhile). By GAIL alone a policy finds the expert's actions by chance; by
@@ -465,25 +471,27 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         new = policy(observations)
         policy_loss = reinforce_loss(new.log_prob(actions), advantages)
         descend(optimizer, policy_loss + cloning_loss() - entropy_weight * new.entropy().mean())
+    kl, target_kl = 0.0, args.target_kl * actions[0].numel()
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             loss = value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            if args.policy_gradient == "ppo":
+            if args.policy_gradient == "ppo" and kl <= target_kl:
                 new = policy(observations[rows])
                 log_probs = new.log_prob(actions[rows])
                 policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
                 # The critic shares no weights with the policy: its loss needs no coefficient.
                 loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
                 loss = loss + cloning_loss()
-            descend(optimizer, loss)  # REINFORCE: the critic's; Adam skips what has no gradient
-    with torch.no_grad():
-        new = policy(observations)
-        log_ratio = new.log_prob(actions) - old_log_probs
+            descend(optimizer, loss)  # at times the critic's; Adam skips what has no gradient
+        with torch.no_grad():
+            new = policy(observations)
+            log_ratio = new.log_prob(actions) - old_log_probs
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
         "losses/entropy": float(new.entropy().mean()),
-        "losses/approx_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
+        "losses/approx_kl": kl,
     }
 
 

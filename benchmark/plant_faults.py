@@ -65,6 +65,7 @@ FAULTS = {  # name: the text, and what takes its place
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),
+    "no limit to a policy's change": ("and kl <= target_kl", ""),
     "all episodes begin at once": ("== self.cuts[i]", "== -1"),
     "one pair for each end": (
         "after.repeat(round(1 / (1 - gamma)), 1)",

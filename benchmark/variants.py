@@ -8,6 +8,7 @@ module before its main() runs. Flags, run folder and summary are the script's ow
 """
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -148,6 +149,17 @@ def last_policy(script):
     script.move_average = lambda average, policy, rate: move(average, policy, 1.0)
 
 
+def all_at_once(script):
+    """No first episode is cut: environments whose episodes last equally long stay in step."""
+
+    class Together(script.Environments):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            self.cuts = [0] * len(self.cuts)
+
+    script.Environments = Together
+
+
 def memory(script):
     """Half of D's negative pairs are from earlier rollouts, 64 of each.
 
@@ -184,14 +196,11 @@ def linear_policy(script):
     script.Policy = Linear
 
 
+# Every function above that takes a script, and no more.
 VARIANTS = {
-    f.__name__.replace("_", "-"): f
-    for f in (
-        *(as_it_is, places_by_15, no_critic, one_absorbing_state, constant_std, coarse_units),
-        *(biases_near_0, states_only, next_states, linear_policy, last_policy, memory),
-        *(full_size_ends, one_rollout),
-        *(plain_discriminator, plain_gradient, larger_final_lr, no_advantage),
-    )
+    name.replace("_", "-"): function
+    for name, function in list(globals().items())
+    if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["script"]
 }
 
 

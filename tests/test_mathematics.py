@@ -10,7 +10,7 @@ import torch
 from scripts import OFFLINE, PPO, RACECAR, REINFORCE
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
-from written import checkpoint
+from written import checkpoint, same
 
 gail, offline = PPO.module, OFFLINE.module
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -77,6 +77,14 @@ def test_ppo_clips_as_in_equation_7():
     (gradient,) = torch.autograd.grad(loss, log_probs)
     slopes = torch.tensor(ratios) * advantages / -6  # where it does not clip
     assert torch.allclose(gradient, slopes * torch.tensor([0, 1, 1, 0, 1, 1]))
+
+
+def test_a_policy_that_has_moved_too_far_waits_for_the_next_rollout(tmp_path):
+    policies = {}
+    for epochs, limit in [(1, 9), (5, 0), (5, 9)]:
+        flags = ["--epochs", epochs, "--target-kl", limit]
+        policies[epochs, limit] = PPO.run(tmp_path / f"{epochs}, {limit}", *flags, iterations=1)
+    assert same(policies[5, 0], policies[1, 9]) and not same(policies[5, 9], policies[1, 9])
 
 
 @pytest.mark.parametrize("env_id, power", [("Toy-v0", 1), ("ToyBox-v0", 8)])
