@@ -19,13 +19,14 @@ On CartPole expect a return of 500. By itself that proves nothing: `--control co
 tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs/gail_cartpole.md
 has the results.
 
-Deviations from the paper: (1) PPO or REINFORCE in place of TRPO; (2) a gradient penalty on D, which
-keeps the slope of its logits near 1; (3) twenty D updates per rollout, and step sizes of policy and
-critic that fall; (4) the entropy bonus is not discounted, and stands beside normalised advantages;
-(5) a mean of the policies' weights is kept, not the last policy; (6) reward forms other than
-`gail`, the paper's, and a reward for what follows a termination (--absorbing), with a D that
-learns from the last ten rollouts; (7) by default cloning's loss stands beside the policy's, and its
-weight falls from 1 to 0.02: --bc-weight 0 is GAIL alone.
+Deviations from the paper: (1) PPO, with a limit to the KL divergence, or REINFORCE in place of
+TRPO; (2) a gradient penalty on D, which keeps the slope of its logits near 1; (3) twenty D updates
+per rollout, and step sizes of policy and critic that fall; (4) the entropy bonus, for Discrete
+actions alone, is not discounted, and stands beside normalised advantages; (5) a mean of the
+policies' weights is kept, not the last policy; (6) reward forms other than `gail`, the paper's, and
+a reward for what follows a termination (--absorbing; D then learns from the last ten rollouts);
+(7) by default cloning's loss stands beside the policy's, and its weight falls from 1 to 0.02:
+--bc-weight 0 is GAIL alone.
 """
 
 # /// script
@@ -78,15 +79,15 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"  # names files and folders
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
-END_SCALE = 0.3  # what the absorbing state keeps of the last observation: so D learns none by heart
+END_SCALE = 0.3  # what the absorbing state keeps of the observation before it: Discriminator
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-BOX_POWER = 8  # with Box actions a later policy counts so much more in the average that is kept
+BOX_POWER = 8  # with Box actions, of the average of policies that is kept: see train
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
-# Rewards of 1; of a D that is never trained; of a D that saw the expert's actions in other states.
+# After none: rewards of 1; a D that is never trained; a D whose expert's actions are shuffled.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -108,13 +109,13 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--target-kl", type=real, default=0.03, help="most KL in a rollout, per action number")
+    flag("--target-kl", type=real, default=0.03, help="PPO's limit, times an action's size")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "after a termination: D's reward for ever, not 0; auto: if a demonstration terminates"
+    ends = "after a termination: D's reward for ever, not 0; auto: if a pair learnt from terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=count, default=20, help="for each rollout")
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
@@ -237,8 +238,8 @@ class Discriminator(nn.Module):
         """Add what follows each termination: (n, size), (n,) bool -> (more, size).
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), of all other pairs
-        one. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
+        = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), and every other pair
+        once. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
         after = self.absorbing_pairs(pairs[terminated])
         return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
 
@@ -309,8 +310,8 @@ def reinforce_loss(log_probs, advantages):
 def behavioural_cloning_loss(policy, observations, actions):
     """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ().
 
-    A Gaussian's deviation is taken as given. Learnt from a few pairs by heart, it would fall to
-    LEAST_STD, and the policy would try nothing new."""
+    A Gaussian's deviation is detached: fitted to a few pairs it would fall to LEAST_STD, and the
+    policy would try nothing new."""
     new = policy(observations)
     if not policy.discrete:
         new = Independent(Normal(new.mean, new.stddev.detach(), validate_args=False), 1)
@@ -341,9 +342,9 @@ class Environments:
         self.seeds, self.actions = [None] * num_envs, [None] * num_envs
         self.cuts = [0] * num_envs
         self.reset()
-        # If all episodes began at once and lasted equally long, each rollout would show one part of
-        # them, and D would take whatever else the expert does for what the policy does not. So the
-        # first ones are cut short, one after another; 0: not cut.
+        # If all episodes began at once and lasted equally long, a rollout would show the same part
+        # of each. D would believe that the policy never does what the expert does in other parts.
+        # So the first episodes are cut at different lengths; 0: not cut.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -448,8 +449,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     Clipping does not bound a policy's change: now and then one rollout takes it a hundred times as
-    far as the others. So after a pass that led it farther than --target-kl for each number of an
-    action (a Gaussian's KL divergence adds up over them), the critic alone takes the rest.
+    far as the others. So after a pass that led it farther than --target-kl times the size of an
+    action (a Gaussian's KL divergence adds up over its numbers), the critic alone takes the rest.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
@@ -496,7 +497,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, absorbing, terminating):
-    """What to advise if the run is not solved, from the last scalars that it logged.
+    """What to advise if the run is not solved, from the scalars of its last evaluation.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, -log(1 - D) is flat and low where the policy is."""
@@ -515,7 +516,7 @@ def train(args):
 
     Run reads the demonstrations, seeds torch, and keeps count of the steps."""
     run = Run(args)
-    # (pairs, ...) each. `ends` says where a demonstration terminates; rewards are not read.
+    # Columns of Episode, (pairs, ...). `ends`: where a demonstration terminates; no reward is read.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
@@ -552,7 +553,7 @@ def train(args):
             group["lr"] = learning_rate * share
 
         # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy, and no earlier
-        # one, leads to every state. It sees, and logs, no episode longer than --num-steps.
+        # one, leads to every state. No episode is then longer than --num-steps.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -596,9 +597,9 @@ def train(args):
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # Evaluated and kept is an average of all policies' parameters so far. With power 1 the k-th
-        # counts k times; with 8 about k^8 times, so the last tenth most (Shamir & Zhang 2013,
-        # section 4). A Gaussian gets no entropy bonus: it still improves when its steps are small.
+        # Kept is an average of all policies so far. With power 1 the k-th counts k times, with 8
+        # about k^8 times: the last tenth makes 60 % of it (Shamir & Zhang 2013, section 4). A
+        # Gaussian gets no entropy bonus: it still improves when its steps are small.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -614,7 +615,7 @@ def train(args):
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    # The curve is empty only if a run is resumed whose budget is spent already.
+    # Empty only if a run that was never evaluated is resumed, and its budget is spent already.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 
