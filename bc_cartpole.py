@@ -35,6 +35,7 @@ On CartPole expect a return of about 390 of 500 from one demonstration, 500 from
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -68,6 +69,7 @@ from tqdm import tqdm
 SCRIPT = "bc_cartpole"
 LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
 LOG_EVERY = 100  # updates
+AVERAGED = 1_000  # updates: about so long is the memory of the average that is kept
 
 
 def add_settings(parser, argv):
@@ -170,6 +172,13 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
+@torch.no_grad()
+def move_average(average, policy, rate):
+    """Move the averaged policy's parameters towards the policy's, by this share of the way."""
+    for mean, parameter in zip(average.parameters(), policy.parameters()):
+        mean += rate * (parameter - mean)
+
+
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)
@@ -178,11 +187,14 @@ def train(args):
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
+    # Minibatches shake the weights. The loss hardly shows it, but in the environment small errors
+    # add up, and the return does: so their average is kept (Block et al. 2024, arXiv:2310.11428).
+    average = copy.deepcopy(policy)
     best = AveragedModel(policy, avg_fn=lambda best, new, number: new)  # so far, on `checked` pairs
     best.register_buffer("loss", torch.tensor(math.inf))
     fifth, rows = len(actions) // 5, torch.randperm(len(actions))
     checked, learnt = rows[: max(fifth, 1)], rows[fifth:]
-    run.start(policy=policy, best=best, optimizer=optimizer)
+    run.start(policy=policy, average=average, best=best, optimizer=optimizer)
 
     while run.steps < args.total_steps:
         until_logged = LOG_EVERY - run.steps % LOG_EVERY
@@ -191,13 +203,14 @@ def train(args):
             loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
             descend(optimizer, loss)
             run.steps += 1
+            move_average(average, policy, 1 / min(run.steps, AVERAGED))
 
         scalars = {"losses/policy": float(loss.detach())}
         with torch.no_grad():
-            loss = behavioural_cloning_loss(policy, observations[checked], actions[checked])
+            loss = behavioural_cloning_loss(average, observations[checked], actions[checked])
             scalars["losses/checked"] = float(loss)
             if loss < best.loss:
-                best.update_parameters(policy)
+                best.update_parameters(average)
                 best.loss.copy_(loss)
             if run.held_out:
                 seen, taken, *_ = tensors(run.held_out, args.device)
