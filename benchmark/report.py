@@ -284,8 +284,11 @@ def share(run):
 
 def tasks(names, page):
     """A line for each task and number of demonstrations, a column for each experiment: the
-    interquartile mean of the shares with its interval, and the seeds with 95 % and more."""
+    interquartile mean of the shares with its interval, and the seeds with 95 % and more. For a
+    control, what GAIL has more than it, paired over seeds, in place of both."""
     lines, columns = {}, {name.split("_")[1]: "" for name in names}
+    gail = [run for name in names if "gail" in name for run in load(name)["runs"]]
+    gail = {(run["variant"], run["seed"]): share(run) for run in gail}
     for name in names:
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             task, demos = variant.split(", ", 1)
@@ -297,6 +300,11 @@ def tasks(names, page):
             middle = interquartile_mean(shares)
             solved = f"{sum(shares >= 95)} of {len(shares)}"
             line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
+            if heading in ("frozen", "constant"):
+                more = np.array([gail[variant, run["seed"]] for run in runs]) - shares
+                low, high = bootstrap_interval(more)
+                more = f"{interquartile_mean(more):+.0f} [{low:+.0f}, {high:+.0f}]"
+                line[heading] = f"{middle:.0f}; GAIL {more}"
     command = f"python benchmark/run.py {' '.join(names)}"
     pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
     ordered = sorted(lines, key=lambda row: (pairs in row[1], int(re.match(r"\d+", row[1])[0])))
