@@ -56,6 +56,10 @@ FAULTS = {  # name: the text, and what takes its place
         "whole = Path(folder, path.name)",
         "whole = path",
     ),
+    "cloning keeps the last weights": (
+        "move_average(average, policy, 1 / min(run.steps, AVERAGED))",
+        "move_average(average, policy, 1.0)",
+    ),
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
