@@ -115,7 +115,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "after a termination: D's reward for ever, not 0; auto: if a pair learnt from terminates"
+    ends = "after a termination: D's reward for ever, not 0; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=count, default=20, help="for each rollout")
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
@@ -235,13 +235,15 @@ class Discriminator(nn.Module):
         return after
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
-        """Add what follows each termination: (n, size), (n,) bool -> (more, size).
+        """Add what follows each termination: (n, size), (n,) bool or weights -> (more, size).
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
         = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), and every other pair
-        once. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
-        after = self.absorbing_pairs(pairs[terminated])
-        return torch.cat([pairs, after.repeat(round(1 / (1 - gamma)), 1)])
+        once; fewer if a weight is below 1, as with --num-pairs. DAC (Kostrikov et al. 2019,
+        algorithm 1) adds one copy, the same everywhere."""
+        after, weights = self.absorbing_pairs(pairs[terminated > 0]), terminated[terminated > 0]
+        copies = (weights / (1 - gamma)).round()
+        return torch.cat([pairs, *(after[copies > k] for k in range(round(1 / (1 - gamma))))])
 
 
 class Recent(deque):
@@ -764,7 +766,8 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-# Arrays with a row for each step; is_success is NaN in a task that does not tell.
+# Arrays with a row for each step; is_success is NaN in a task that does not tell. A demonstration's
+# end has the weight 1 in `terminated`, or the share of its episode that --num-pairs keeps.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -800,7 +803,7 @@ def load_demos(args, inputs, low, high):
         rewards = column("rewards", float, size) if "rewards" in file else unknown
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
-    terminated = ends[np.cumsum(starts) - 1] & np.roll(starts, -1)
+    terminated = np.float32(ends[np.cumsum(starts) - 1] & np.roll(starts, -1))
     columns = observations, actions, rewards, terminated, unknown
     episodes = np.split(np.arange(size), np.flatnonzero(starts)[1:])  # the rows of each
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
@@ -808,7 +811,12 @@ def load_demos(args, inputs, low, high):
     chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
     if args.num_pairs:
         with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
-            chosen = [rng.choice(rows, args.num_pairs, replace=False) for rows in chosen]
+            for i, rows in enumerate(chosen):  # an end stays, but its weight shrinks as they do
+                end = rows[-1:][terminated[rows[-1:]] > 0]
+                others = rows[: len(rows) - len(end)]
+                others = rng.choice(others, args.num_pairs - len(end), replace=False)
+                chosen[i] = np.append(others, end)
+                terminated[end] = args.num_pairs / len(rows)
     lists = chosen, episodes[:cut], episodes[cut:]
     return [[Episode(*(x[rows] for x in columns)) for rows in each] for each in lists]
 

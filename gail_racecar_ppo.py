@@ -673,7 +673,8 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-# Arrays with a row for each step; is_success is NaN in a task that does not tell.
+# Arrays with a row for each step; is_success is NaN in a task that does not tell. A demonstration's
+# end has the weight 1 in `terminated`, or the share of its episode that --num-pairs keeps.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -709,7 +710,7 @@ def load_demos(args, inputs, low, high):
         rewards = column("rewards", float, size) if "rewards" in file else unknown
     if recorded != wanted:
         say(f"{path}: recorded on {recorded}, used for {wanted}")
-    terminated = ends[np.cumsum(starts) - 1] & np.roll(starts, -1)
+    terminated = np.float32(ends[np.cumsum(starts) - 1] & np.roll(starts, -1))
     columns = observations, actions, rewards, terminated, unknown
     episodes = np.split(np.arange(size), np.flatnonzero(starts)[1:])  # the rows of each
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
@@ -717,7 +718,12 @@ def load_demos(args, inputs, low, high):
     chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
     if args.num_pairs:
         with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
-            chosen = [rng.choice(rows, args.num_pairs, replace=False) for rows in chosen]
+            for i, rows in enumerate(chosen):  # an end stays, but its weight shrinks as they do
+                end = rows[-1:][terminated[rows[-1:]] > 0]
+                others = rows[: len(rows) - len(end)]
+                others = rng.choice(others, args.num_pairs - len(end), replace=False)
+                chosen[i] = np.append(others, end)
+                terminated[end] = args.num_pairs / len(rows)
     lists = chosen, episodes[:cut], episodes[cut:]
     return [[Episode(*(x[rows] for x in columns)) for rows in each] for each in lists]
 

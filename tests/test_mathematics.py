@@ -231,6 +231,8 @@ def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
         after = torch.tensor([*(0.3 * pairs[last, :3]), 0, 0, 0, 0, 1.0])
         assert (longer[10:] == after).all(-1).sum() == 20
     assert torch.equal(discriminator.add_absorbing_pairs(pairs, ends & False, 0.95), pairs)
+    weights = torch.where(ends, 0.25, 0.0)  # of episodes of which a quarter is left
+    assert len(discriminator.add_absorbing_pairs(pairs, weights, 0.95)) == 10 + 2 * 5
 
 
 @pytest.mark.parametrize("absorbing", ["yes", "no"])
