@@ -16,7 +16,7 @@ held-out pairs, all from states the expert did visit, can be low even though the
 Any task with a flat Box of observations and Discrete actions or a bounded Box of them. With uv:
 `uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5 --demos hopper.npz`.
 
-On CartPole expect a return of about 390 of 500 from one demonstration, 500 from four, and 270 from
+On CartPole expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from
 30 pairs (--num-pairs 30), after ten seconds of training; the table is in docs/bc_cartpole.md.
 """
 
