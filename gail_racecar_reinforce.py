@@ -658,7 +658,7 @@ def sizes(env_id):
 
 
 # Arrays with a row for each step; is_success is NaN in a task that does not tell. A demonstration's
-# end has the weight 1 in `terminated`, or the share of its episode that --num-pairs keeps.
+# end has the weight 1 in `terminated`, or the share of the pairs that --num-pairs keeps.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -701,13 +701,13 @@ def load_demos(args, inputs, low, high):
     rng = np.random.default_rng(args.seed)
     chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
     if args.num_pairs:
+        share = args.num_pairs * len(chosen) / sum(map(len, chosen))
         with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
             for i, rows in enumerate(chosen):  # an end stays, but its weight shrinks as they do
                 end = rows[-1:][terminated[rows[-1:]] > 0]
                 others = rows[: len(rows) - len(end)]
                 others = rng.choice(others, args.num_pairs - len(end), replace=False)
-                chosen[i] = np.append(others, end)
-                terminated[end] = args.num_pairs / len(rows)
+                chosen[i], terminated[end] = np.append(others, end), share
     lists = chosen, episodes[:cut], episodes[cut:]
     return [[Episode(*(x[rows] for x in columns)) for rows in each] for each in lists]
 
