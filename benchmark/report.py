@@ -257,9 +257,9 @@ def made_by(command, names, page):
 
 def side_by_side(names, page):
     """The Markdown of several experiments with the same variants: a line each, mean ± std."""
-    lines = []
-    for name in names:
-        line = {"experiment": f"`{name}`"}
+    lines, first = [], ["commit" in load(name) for name in names]
+    for name, old in zip(names, first):
+        line = {"experiment": f"`{name}`" + " (first version)" * (old and not all(first))}
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             key, _, unit = metric(runs)
             values = unit * np.array([run["learner"][key] for run in runs])
