@@ -17,7 +17,7 @@ Any task with a flat Box of observations and Discrete actions or a bounded Box o
 `uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5 --demos hopper.npz`.
 
 On CartPole expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from
-30 pairs (--num-pairs 30), after ten seconds of training; the table is in docs/bc_cartpole.md.
+30 pairs (--num-pairs 30), after some seconds of training; the table is in docs/bc_cartpole.md.
 """
 
 # /// script
@@ -69,7 +69,7 @@ from tqdm import tqdm
 SCRIPT = "bc_cartpole"
 LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
 LOG_EVERY = 100  # updates
-AVERAGED = 1_000  # updates: about so long is the memory of the average that is kept
+AVERAGED = 1_000  # updates: how far the average of the weights reaches back, about
 
 
 def add_settings(parser, argv):
@@ -187,8 +187,8 @@ def train(args):
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
-    # Minibatches shake the weights. The loss hardly shows it, but in the environment small errors
-    # add up, and the return does: so their average is kept (Block et al. 2024, arXiv:2310.11428).
+    # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
+    # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
     best = AveragedModel(policy, avg_fn=lambda best, new, number: new)  # so far, on `checked` pairs
     best.register_buffer("loss", torch.tensor(math.inf))
@@ -282,7 +282,7 @@ def parse_args(argv=None):
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--demos", metavar="FILE", help="learn from this .npz; None: experts/ENV_ID.npz")
     flag("--num-demos", type=number(int, 1), default=1, help="how many episodes of it")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each episode; None: all")
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each, with any end; None: all")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
@@ -546,7 +546,8 @@ class Run:
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
-        columns = tensors(self.episodes)[:2] + tensors(self.held_out)[:2]
+        parts = tensors(self.episodes), tensors(self.held_out)
+        columns = [x for part in parts for x in part[:2] + part[3:4]]  # neither rewards nor success
         digest = sha256(b"".join(x.numpy().tobytes() for x in columns)).hexdigest()
         self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0

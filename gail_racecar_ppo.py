@@ -591,7 +591,7 @@ def parse_args(argv=None):
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--demos", metavar="FILE", help="learn from this .npz; None: experts/ENV_ID.npz")
     flag("--num-demos", type=number(int, 1), default=1, help="how many episodes of it")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each episode; None: all")
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each, with any end; None: all")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
@@ -855,7 +855,8 @@ class Run:
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
         self.sizes = sizes(args.env_id)
         self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
-        columns = tensors(self.episodes)[:2] + tensors(self.held_out)[:2]
+        parts = tensors(self.episodes), tensors(self.held_out)
+        columns = [x for part in parts for x in part[:2] + part[3:4]]  # neither rewards nor success
         digest = sha256(b"".join(x.numpy().tobytes() for x in columns)).hexdigest()
         self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0

@@ -56,6 +56,10 @@ FAULTS = {  # name: the text, and what takes its place
         "whole = Path(folder, path.name)",
         "whole = path",
     ),
+    "an end among few pairs counts in full": (
+        "np.append(others, end), share",
+        "np.append(others, end), 1.0",
+    ),
     "cloning keeps the last weights": (
         "move_average(average, policy, 1 / min(run.steps, AVERAGED))",
         "move_average(average, policy, 1.0)",

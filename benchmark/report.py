@@ -293,18 +293,18 @@ def tasks(names, page):
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             task, demos = variant.split(", ", 1)
             shares = np.array([share(run) for run in runs])
-            low, high = bootstrap_interval(shares)
             line = {"task": task, "demonstrations": demos, **columns}
             line = lines.setdefault((task, demos), line)
-            heading = name.split("_")[1]
-            middle = interquartile_mean(shares)
-            solved = f"{sum(shares >= 95)} of {len(shares)}"
-            line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
+            heading, middle = name.split("_")[1], interquartile_mean(shares)
             if heading in ("frozen", "constant"):
                 more = np.array([gail[variant, run["seed"]] for run in runs]) - shares
                 low, high = bootstrap_interval(more)
                 more = f"{interquartile_mean(more):+.0f} [{low:+.0f}, {high:+.0f}]"
                 line[heading] = f"{middle:.0f}; GAIL {more}"
+            else:
+                low, high = bootstrap_interval(shares)
+                solved = f"{sum(shares >= 95)} of {len(shares)}"
+                line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
     command = f"python benchmark/run.py {' '.join(names)}"
     pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
     ordered = sorted(lines, key=lambda row: (pairs in row[1], int(re.match(r"\d+", row[1])[0])))

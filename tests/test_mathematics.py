@@ -233,6 +233,7 @@ def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
     assert torch.equal(discriminator.add_absorbing_pairs(pairs, ends & False, 0.95), pairs)
     weights = torch.where(ends, 0.25, 0.0)  # of episodes of which a quarter is left
     assert len(discriminator.add_absorbing_pairs(pairs, weights, 0.95)) == 10 + 2 * 5
+    assert len(discriminator.add_absorbing_pairs(pairs, weights / 25, 0.95)) == 10 + 2  # not none
 
 
 @pytest.mark.parametrize("absorbing", ["yes", "no"])

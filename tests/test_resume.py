@@ -97,10 +97,12 @@ def test_demonstrations_may_move_but_not_change(case, tmp_path, refused):
     case.run(tmp_path / "run", "--demos", first, iterations=1)
     arrays = dict(np.load(first))
     first.rename(moved)
-    for row in (0, -1):
-        changed = {**arrays, "observations": arrays["observations"].copy()}
-        changed["observations"][row if row else arrays["episode_starts"].nonzero()[0][:4]] += 1
-        np.savez(first, **changed)
+    learnt, held_out = arrays["observations"].copy(), arrays["observations"].copy()
+    learnt[arrays["episode_starts"].nonzero()[0][:4]] += 1
+    held_out[-1] += 1
+    changes = {"observations": learnt}, {"observations": held_out}
+    for changed in (*changes, {"terminated": ~arrays["terminated"]}):
+        np.savez(first, **{**arrays, **changed})
         argv = ["--resume", tmp_path / "run", "--total-steps", 2 * case.every]
         refused(case, argv, "has changed", tmp_path / "run")
     policy = case.resume(tmp_path / "run", "--demos", moved, iterations=2)
