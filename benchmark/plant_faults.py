@@ -58,7 +58,7 @@ FAULTS = {  # name: the text, and what takes its place
     ),
     "an end among few pairs counts in full": (
         "np.append(others, end), share",
-        "np.append(others, end), 1.0",
+        "np.append(others, end), max(share, 1.0)",
     ),
     "cloning keeps the last weights": (
         "move_average(average, policy, 1 / min(run.steps, AVERAGED))",
