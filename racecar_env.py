@@ -381,6 +381,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     metadata = RaceCarEnv.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
+        self.envs: list[RaceCarEnv] = []  # Gymnasium closes even what was refused
         _check_number("num_envs", num_envs, numbers.Integral, 1, 1_000_000)
         self.num_envs = num_envs
         self.envs = [RaceCarEnv(**settings) for _ in range(num_envs)]

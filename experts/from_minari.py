@@ -11,6 +11,7 @@ Flat observations and Discrete or flat, continuous actions only; anything else i
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -160,10 +161,11 @@ def convert(args, argv):
         "command": shlex.join(["python", "experts/from_minari.py", *argv]),
         "versions": {"minari": said["minari_version"], "numpy": np.__version__},
     }
+    whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
+    np.savez_compressed(whole, **joined, metadata=json.dumps(metadata))
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **joined, metadata=json.dumps(metadata))
+        temporary.write_bytes(whole.getbuffer())
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ and keeps the laps that were finished. Only laps that reached the finish are rec
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -158,18 +159,20 @@ def save_demonstrations(path: Path, laps: list[Lap], metadata: dict) -> None:
     firsts = [int(np.argmax(lap.actions[:, 1] > 0)) for lap in kept]
     metadata["returns"] = [float(lap.rewards[k:].sum()) for lap, k in zip(kept, firsts)]
     metadata["dropped"] = len(laps) - len(kept)
+    whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
+    np.savez(
+        whole,
+        observations=np.concatenate([lap.observations[k:] for lap, k in zip(kept, firsts)]),
+        actions=np.concatenate([lap.actions[k:] for lap, k in zip(kept, firsts)]),
+        rewards=np.concatenate([lap.rewards[k:] for lap, k in zip(kept, firsts)]),
+        episode_starts=np.concatenate(
+            [np.arange(len(lap.actions) - k) == 0 for lap, k in zip(kept, firsts)]
+        ),
+        terminated=np.array([lap.terminated for lap in kept]),
+        metadata=np.array(json.dumps(metadata)),
+    )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        np.savez(
-            f"{folder}/demos.npz",
-            observations=np.concatenate([lap.observations[k:] for lap, k in zip(kept, firsts)]),
-            actions=np.concatenate([lap.actions[k:] for lap, k in zip(kept, firsts)]),
-            rewards=np.concatenate([lap.rewards[k:] for lap, k in zip(kept, firsts)]),
-            episode_starts=np.concatenate(
-                [np.arange(len(lap.actions) - k) == 0 for lap, k in zip(kept, firsts)]
-            ),
-            terminated=np.array([lap.terminated for lap in kept]),
-            metadata=np.array(json.dumps(metadata)),
-        )
+        Path(folder, "demos.npz").write_bytes(whole.getbuffer())
         os.replace(f"{folder}/demos.npz", path)
 
 

@@ -31,6 +31,7 @@ takes a third of SAC's time.
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import shlex
@@ -123,14 +124,13 @@ def check(condition, message):
 
 def write(path, save):
     """Call save(file): afterwards `path` is whole, or as it was."""
+    whole = io.BytesIO()  # on a full disk torch.save hides the error, and NumPy 1 prints another
+    save(whole)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            save(file)
+        temporary.write_bytes(whole.getbuffer())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, which hides a full disk's OSError
-        raise error.__context__ or error from None
     finally:
         temporary.unlink(missing_ok=True)
 
