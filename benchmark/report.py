@@ -51,6 +51,8 @@ ROWS = {  # what a compact table of several experiments calls each of them
     "aggrevated_bipedal_level_controls": "weak expert",
     "aggrevated_hopper": "Hopper",
     "aggrevated_hopper_controls": "Hopper",
+    "aggrevated_walker": "Walker2d",
+    "aggrevated_walker_controls": "Walker2d",
     "aggrevated_bipedal_good": "good expert",
     "aggrevated_bipedal_hardcore": "hardcore course",
 }
