@@ -401,7 +401,8 @@ def number(kind, low, high=10**9):
 
 def parse_args(argv=None):
     """The settings, from a list of words or the command line; a resumed run brings its own."""
-    parser = argparse.ArgumentParser(SCRIPT + ".py", None, __doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
+    parser.description = __doc__.splitlines()[0]
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
     parser.error = functools.partial(check, False)  # in place of 25 lines of usage
     flag = parser.add_argument_group("task and run").add_argument
@@ -418,6 +419,7 @@ def parse_args(argv=None):
     flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:

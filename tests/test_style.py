@@ -55,6 +55,11 @@ def test_help_shows_every_flag(source):
     assert done.stdout.count("(default: ") > 12
 
 
+def test_help_shows_the_defaults_that_would_be_used():
+    asked = python(ROOT / "gail_cartpole.py", "--policy-gradient", "reinforce", "--help")
+    assert asked.returncode == 0 and asked.stdout.count("default: 500000)") == 2  # PPO's: 100000
+
+
 @each
 def test_dependencies_are_what_is_imported(source):
     """It declares them as PEP 723 says, and requirements.txt has a version of each that will do."""
