@@ -73,12 +73,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "aggrevated_bipedal"
-MIXING = 5  # iterations over which alpha, the expert's share of roll-ins, falls from 1 to 0
+MIXING = 5  # alpha, the expert's share of roll-ins, is 1 at first, and 0 after so many iterations
 STD = 0.1  # of the learner's actions in its loss, before tanh: it averages Q* around the mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes: falls are rare, so a few episodes say little
-TARGET_DECAY = 0.95  # of the critics' average that gives targets; by 0.99 Q* rises too late
+VALIDATION = 10  # times --eval-episodes, to choose the best policy: falls are rare
+TARGET_DECAY = 0.95  # of the critics' average that gives targets; with 0.99 Q* lags behind
 LEAST_DEVIATION = 0.1  # when standardising, so that nothing is scaled more than tenfold
 HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
@@ -89,14 +89,14 @@ def add_settings(parser, argv):
     """The algorithm's flags. From the harness come number, Run, Failed and EVALUATION_SEEDS."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
-    shipped = "weak, good or half, where experts/ has one for the task; or a .pt of this script"
+    shipped = "weak, good or half, where experts/ has one for the task; or a .pt: see experts/"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
     dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    switch = "bound of the random time at which the expert takes over: about an episode's length"
+    switch = "the expert takes over at a random step below it: about an episode's length"
     flag("--switch", type=number(int, 1), default=1_000, help=switch)
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
@@ -104,7 +104,7 @@ def add_settings(parser, argv):
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the policy's layers")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
     flag("--caution", type=number(float, 0), default=1.5, help="times the critics' spread, off A*")
-    anchor = "pull towards the expert's action, against A*: if rewards are larger, raise it as much"
+    anchor = "pull towards the expert's action, against A*: scale it as your rewards"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
         parser.set_defaults(**HARDCORE)
@@ -115,7 +115,8 @@ def is_fall(env_id, reward, terminated):
 
     Right for Gymnasium's MuJoCo tasks. Not so at the end of BipedalWalker's course, where it
     terminates, too: the value is that of walking on."""
-    return reward <= -100 if "BipedalWalker" in env_id else terminated
+    walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
+    return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -194,7 +195,8 @@ def fitted_q_loss(critics, target, batch, gamma):
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
         following = target(batch["next_observations"], batch["next_expert_actions"])
-        targets = batch["rewards"] + gamma * ~batch["fell"] * following  # (networks, batch)
+        following = torch.where(batch["fell"], 0.0, following)  # even if it is NaN
+        targets = batch["rewards"] + gamma * following  # (networks, batch)
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
@@ -242,7 +244,7 @@ def roll_in(policy, expert, alpha, args):
             executed = policy.to_env(action.to(args.device))
             observation, reward, terminated, truncated, _ = env.step(executed)
             over, step = terminated or truncated, step + 1
-            fell = is_fall(args.env_id, reward, terminated)
+            fell = bool(is_fall(args.env_id, reward, terminated))
             outcome = np.float32(reward), fell, np.array(observation, np.float32)
             frames.append((seen.cpu().numpy(), action.numpy(), *outcome))
         env.close()
@@ -328,7 +330,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # its copy is older
+            target.module.load_state_dict(critics.state_dict())  # mean and deviation, too
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -424,11 +426,13 @@ def parse_args(argv=None):
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
-            saved = load(path)["args"]
+            saved = load(path, "parts")["args"]
             parser.set_defaults(**saved)
             args = parser.parse_args(argv)
-            fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
+            free = MAY_CHANGE.split()
+            fixed = [x for x in saved if x not in free and getattr(args, x) != saved[x]]
             check(not fixed, f"{', '.join(fixed)} cannot be changed")
+            check(args.device in devices, f"its device was {args.device}; here: --device cpu")
     return args
 
 
@@ -446,21 +450,22 @@ def write(path, content):
         whole.replace(path)
 
 
-def load(path):
-    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
+def load(path, kind):
+    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled.
+    A checkpoint holds `parts`, a policy `settings`."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
-    check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+    check(kind in saved, f"no {kind} in it: another kind of file, or an older version's")
     return saved
 
 
 def load_policy(path):
     """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
     with explained(path):
-        saved = load(path)
+        saved = load(path, "settings")
         policy = Policy(**saved["settings"])
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
@@ -495,8 +500,8 @@ Episode = namedtuple("Episode", "rewards is_success")
 
 
 def play(act, args, final=False, videos=None):
-    """Validation episodes, VALIDATION times --eval-episodes, five side by side in new environments;
-    for the final evaluation five times as many, on other seeds; if `videos` is a folder, three.
+    """Validation episodes, VALIDATION times --eval-episodes, five side by side; for the final
+    evaluation five times --eval-episodes, on other seeds; if `videos` is a folder, three.
 
     `act` maps observations to actions, one row for each environment; None acts at random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
@@ -543,13 +548,11 @@ def judge(curve, random, expert, learner):
     """When was it solved? At the first good validation, or else the best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
-    if learner["return_mean"] >= goal:
+    if curve and learner["return_mean"] >= goal:
         best = max(curve, key=lambda point: point["return_mean"])
         at = next((point for point in curve if point["return_mean"] >= goal), best)
         verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
-    solved = {
-        f"solved_at_{k}": at.get(v) for k, v in (("steps", "steps"), ("seconds", "wall_seconds"))
-    }
+    solved = {"solved_at_steps": at.get("steps"), "solved_at_seconds": at.get("wall_seconds")}
     return {**solved, "verdict": verdict}
 
 
@@ -586,13 +589,15 @@ class Run:
         wanted = args.env_id.split(":")[-1]
         shipped = here / "experts" / f"{wanted}_{args.expert}.pt"
         path = shipped if shipped.exists() else Path(args.expert)
+        check(path.exists(), f"--expert {path}: no such file, nor {shipped}: see {here}/experts")
         self.expert, trained_on = load_policy(path)
         check(trained_on == wanted, f"{path}: for {trained_on}, expected {wanted}")
         layers, low, high = (self.expert.settings[name] for name in ("sizes", "low", "high"))
         found = {"inputs": layers[0], "low": low, "high": high}
         check(found == self.sizes, f"{path}: {found}, expected {self.sizes}")
-        weights = (x.numpy().tobytes() for x in self.expert.state_dict().values())
-        self.demos = {"sha256": sha256(b"".join(weights)).hexdigest()}  # the expert in their place
+        weights = [x.numpy().tobytes() for x in self.expert.state_dict().values()]
+        digest = sha256(b"".join([*weights, str(self.expert.settings).encode()])).hexdigest()
+        self.demos = {"sha256": digest}  # where the other scripts have demonstrations
         self.walks = play(self.expert.act, args, final=True)
         score("expert", self.walks)
         self.setup_seconds = self.wall_seconds = 0.0
@@ -608,7 +613,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
             with explained(self.checkpoint):
-                state = load(self.checkpoint)
+                state = load(self.checkpoint, "parts")
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -649,6 +654,8 @@ class Run:
                 raise Failed(f"{tag} is {value} at step {now}; last checkpoint: {self.checkpoint}")
             self.log.add_scalar(tag, value, now)
         due = now >= args.total_steps or now % args.eval_every == 0
+        if not self.curve:  # until the first validation, the newest is the best
+            best.load_state_dict(policy.state_dict())
         if due:
             self.bar.clear()
             began = time.perf_counter()
@@ -660,10 +667,10 @@ class Run:
                 self.log.add_scalar(f"eval/{name}", value, now)
             point = {"steps": now, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds}
             self.curve.append({**point, **result, **scalars})
+        if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": best.settings, "weights": best.state_dict()}
             write(self.folder / "policy.pt", saved)
-        if due or Run.stopped_by or time.perf_counter() - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
@@ -678,8 +685,8 @@ class Run:
         random, learner = (play(act, self.args, final=True) for act in (None, policy.act))
         samples = {"random": random, "expert": self.walks, "learner": learner}
         results = {name: score(name, episodes) for name, episodes in samples.items()}
-        returns = {k: np.array([x.rewards.sum() for x in v]) for k, v in samples.items()}
-        gains = returns["learner"] - returns["expert"]  # on the same seeds
+        pairs = zip(learner, self.walks)  # on the same seeds
+        gains = np.array([x.rewards.sum() - y.rewards.sum() for x, y in pairs])
         summary = self.facts() | results | judge(self.curve, **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         summary["verdict"] += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"

@@ -82,12 +82,13 @@ RECENT = 10  # with an absorbing state, D learns from this many last rollouts; w
 END_SCALE = 0.3  # what the absorbing state keeps of the observation before it: Discriminator
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-BOX_POWER = 8  # with Box actions, of the average of policies that is kept: see train
+BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in the average that is kept
 FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
-# After none: rewards of 1; a D that is never trained; a D whose expert's actions are shuffled.
+# constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
+# expert's actions change places, for cloning as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -98,7 +99,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
-    flag("--schedule", type=count, help="steps until step sizes are low; None: as --total-steps")
+    flag("--schedule", type=count, help="steps until step sizes are low: --total-steps at first")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
@@ -122,7 +123,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
-    # Only defaults: a flag that the user gives still wins. A resumed run keeps its schedule.
+    # Only defaults: a flag that is given wins, and so does what a resumed run was started with.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -166,7 +167,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # In policy.pt, to build the policy again; the box is part of them.
+        # In policy.pt beside the weights, which do not hold the box: persistent=False, below.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -175,7 +176,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # of what exceeds LEAST_STD
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: LEAST_STD + exp
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -210,7 +211,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, policy, hidden):
         super().__init__()
-        self.standardise, self.discrete = policy.standardise, policy.discrete
+        self.standardise, self.discrete = policy.standardise, policy.discrete  # shared
         self.action_size = policy.network[-1].out_features  # or the number of actions
         self.network = mlp(policy.settings["inputs"] + self.action_size + 1, hidden, hidden, 1)
 
@@ -219,7 +220,7 @@ class Discriminator(nn.Module):
 
     def make_pairs(self, observations, actions):
         """What D sees: the observation, standardised; the action, one-hot or clipped; and the flag.
-        (..., inputs), (..., action) -> (..., size of a pair)"""
+        (..., inputs), (...) or (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
@@ -229,7 +230,7 @@ class Discriminator(nn.Module):
         zeros for the action, the flag. (..., size of a pair) -> the same
 
         So D can tell a crash from a landing, but hardly one landing from another. In full size it
-        would know the expert's few ends by heart, and pay for no other: a policy would not end."""
+        would know the expert's few ends by heart, and pay for no other: policies would go on."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -239,11 +240,11 @@ class Discriminator(nn.Module):
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
         = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), and every other pair
-        once; fewer if a weight is below 1, as with --num-pairs. DAC (Kostrikov et al. 2019,
-        algorithm 1) adds one copy, the same everywhere."""
+        once; fewer, but one at least, if a weight is below 1, as with --num-pairs. DAC (Kostrikov
+        et al. 2019, algorithm 1) adds one copy, the same everywhere."""
         after, weights = self.absorbing_pairs(pairs[terminated > 0]), terminated[terminated > 0]
-        copies = (weights / (1 - gamma)).round().clamp(min=1)
-        return torch.cat([pairs, *(after[copies > k] for k in range(round(1 / (1 - gamma))))])
+        wanted = (weights / (1 - gamma)).round().clamp(min=1)  # copies; the k-th is made of these:
+        return torch.cat([pairs, *(after[wanted > k] for k in range(round(1 / (1 - gamma))))])
 
 
 class Recent(deque):
@@ -261,7 +262,7 @@ class Recent(deque):
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (eq. 17 with the labels exchanged): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (Ho & Ermon 2016, eq. 17, turned): (batch,) twice -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -341,12 +342,11 @@ class Environments:
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
         shape = self.envs[0].observation_space.shape
         self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
-        self.seeds, self.actions = [None] * num_envs, [None] * num_envs
-        self.cuts = [0] * num_envs
+        self.seeds, self.actions, self.cuts = ([None] * num_envs for _ in range(3))
         self.reset()
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes are cut at different lengths; 0: not cut.
+        # So the first episodes are cut at different lengths; 0, and after begin: not cut.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -355,7 +355,7 @@ class Environments:
             self.begin(i)
 
     def begin(self, i, seed=None, actions=()):
-        """A new episode; or the one of this seed, replayed to the last of these actions."""
+        """Begin a new episode, or the one with this seed, and replay these actions."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
         self.cuts[i] = 0
@@ -365,8 +365,8 @@ class Environments:
             self.returns[i] += reward
 
     def step(self, actions):
-        """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
-        last), terminated, truncated. And for the log: the ended episodes' (return, length)."""
+        """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
+        last), terminated, truncated; for the log, the ended episodes' (return, length)."""
         after, ended = np.empty_like(self.observations), []
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
@@ -381,9 +381,8 @@ class Environments:
 
     def state_dict(self):
         actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
-        observations = torch.tensor(self.observations)
         state = {"seeds": self.seeds, "cuts": self.cuts, "actions": actions}
-        return {**state, "observations": observations}
+        return {**state, "observations": torch.tensor(self.observations)}
 
     def load_state_dict(self, state):
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
@@ -458,7 +457,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
     of GAIL's loss rises meanwhile). By GAIL alone a policy finds the expert's actions by chance; by
     cloning alone it errs where the expert never was."""
-    # A Gaussian's entropy has no upper end: paid for it, most actions soon lie outside the box.
+    # A Gaussian's entropy has no upper end: a bonus soon drives most actions out of the box.
     entropy_weight = args.entropy * policy.discrete
 
     def cloning_loss():
@@ -468,10 +467,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    with torch.no_grad():
-        old_log_probs = policy(observations).log_prob(actions)
+    new = policy(observations)
+    old_log_probs = new.log_prob(actions).detach()
     if args.policy_gradient == "reinforce":
-        new = policy(observations)
         policy_loss = reinforce_loss(new.log_prob(actions), advantages)
         descend(optimizer, policy_loss + cloning_loss() - entropy_weight * new.entropy().mean())
     kl, target_kl = 0.0, args.target_kl * actions[0].numel()
@@ -489,7 +487,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # of the next pass's `if`
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -516,17 +514,16 @@ def diagnose(scalars, args, absorbing, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed.
 
-    Run reads the demonstrations, seeds torch, and keeps count of the steps."""
+    Run reads the demonstrations, seeds torch, and holds the count of the steps."""
     run = Run(args)
-    # Columns of Episode, (pairs, ...). `ends`: weights of terminations, else 0; no reward is read.
+    # Not read: rewards, is_success. (pairs, ...) each; `ends`: weights of terminations, else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
-    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
-    critic.to(args.device)
+    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., n, inputs) -> (..., n):
+    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -591,7 +588,7 @@ def train(args):
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
-            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not what follows
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # without absorbing
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
@@ -600,8 +597,8 @@ def train(args):
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
         # Kept is an average of all policies so far. With power 1 the k-th counts k times, with 8
-        # about k^8 times: the last tenth makes 60 % of it (Shamir & Zhang 2013, section 4). A
-        # Gaussian gets no entropy bonus: it still improves when its steps are small.
+        # about k^8 times, so the last tenth makes 60 % (Shamir & Zhang 2013, section 4): without an
+        # entropy bonus a Gaussian improves to the end.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -629,7 +626,7 @@ def train(args):
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
-SOLVED = 0.95  # is a task at this share of the way from random to the expert
+SOLVED = 0.95  # of the way from random to the expert: from there on, a task counts as solved
 HELD_OUT = 20  # a file's last episodes: never trained on, for the occupancy distance
 MAY_CHANGE = "total_steps demos resume eval_every eval_episodes capture_video device no_progress"
 
@@ -702,11 +699,13 @@ def parse_args(argv=None):
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
-            saved = load(path)["args"]
+            saved = load(path, "parts")["args"]
             parser.set_defaults(**saved)
             args = parser.parse_args(argv)
-            fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
+            free = MAY_CHANGE.split()
+            fixed = [x for x in saved if x not in free and getattr(args, x) != saved[x]]
             check(not fixed, f"{', '.join(fixed)} cannot be changed")
+            check(args.device in devices, f"its device was {args.device}; here: --device cpu")
     return args
 
 
@@ -724,21 +723,22 @@ def write(path, content):
         whole.replace(path)
 
 
-def load(path):
-    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
+def load(path, kind):
+    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled.
+    A checkpoint holds `parts`, a policy `settings`."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
-    check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+    check(kind in saved, f"no {kind} in it: another kind of file, or an older version's")
     return saved
 
 
 def load_policy(path):
     """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
     with explained(path):
-        saved = load(path)
+        saved = load(path, "settings")
         policy = Policy(**saved["settings"])
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
@@ -914,8 +914,8 @@ def judge(curve, advice, random, expert, learner):
         steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
         verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
     else:
-        steps, seconds = None, None
-        verdict = f"not solved: return {returns[bad]:.4g}, solved from {goal:.4g} on"
+        steps, seconds, when = None, None, " before the last evaluation" * (bad < len(curve))
+        verdict = f"not solved: return {returns[bad]:.4g}{when}, solved from {goal:.4g} on"
         verdict += f"; {advice}" if advice else ""
     return {"solved_at_steps": steps, "solved_at_seconds": seconds, "verdict": verdict}
 
@@ -967,7 +967,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
             with explained(self.checkpoint):
-                state = load(self.checkpoint)
+                state = load(self.checkpoint, "parts")
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -1015,13 +1015,12 @@ class Run:
             result = score(f"{now:>9,} steps  ", play(policy.act, args))
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)
-            point = {"steps": now, "wall_seconds": self.wall_seconds}
-            self.curve.append({**point, **result, **scalars})
+            self.curve.append({"steps": now, "wall_seconds": self.wall_seconds} | result | scalars)
+            self.eval_seconds += time.perf_counter() - began
+        if due or Run.stopped_by or began - self.saved > 60:
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": policy.settings, "weights": policy.state_dict()}
             write(self.folder / "policy.pt", saved)
-            self.eval_seconds += time.perf_counter() - began
-        if due or Run.stopped_by or began - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:

@@ -229,7 +229,7 @@ def at_finish(observations):
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (eq. 17 with the labels exchanged): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (Ho & Ermon 2016, eq. 17, turned): (batch,) twice -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -536,7 +536,7 @@ def train(args):
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
-SOLVED = 0.95  # is a task at this share of the way from random to the expert
+SOLVED = 0.95  # of the way from random to the expert: from there on, a task counts as solved
 HELD_OUT = 20  # a file's last episodes: never trained on, for the occupancy distance
 MAY_CHANGE = "total_steps demos resume eval_every eval_episodes capture_video device no_progress"
 
@@ -609,11 +609,13 @@ def parse_args(argv=None):
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
-            saved = load(path)["args"]
+            saved = load(path, "parts")["args"]
             parser.set_defaults(**saved)
             args = parser.parse_args(argv)
-            fixed = [x for x in saved.keys() - MAY_CHANGE.split() if getattr(args, x) != saved[x]]
+            free = MAY_CHANGE.split()
+            fixed = [x for x in saved if x not in free and getattr(args, x) != saved[x]]
             check(not fixed, f"{', '.join(fixed)} cannot be changed")
+            check(args.device in devices, f"its device was {args.device}; here: --device cpu")
     return args
 
 
@@ -631,21 +633,22 @@ def write(path, content):
         whole.replace(path)
 
 
-def load(path):
-    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled."""
+def load(path, kind):
+    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled.
+    A checkpoint holds `parts`, a policy `settings`."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
     saved = torch.load(path, weights_only=True, map_location="cpu")
     check(saved["script"] == SCRIPT, f"a file of {saved['script']}, expected one of {SCRIPT}")
-    check("parts" in saved or "settings" in saved, "an older version's, expected this one's")
+    check(kind in saved, f"no {kind} in it: another kind of file, or an older version's")
     return saved
 
 
 def load_policy(path):
     """The policy of a policy.pt that this script wrote, and its task's id. Raises BadInput."""
     with explained(path):
-        saved = load(path)
+        saved = load(path, "settings")
         policy = Policy(**saved["settings"])
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
@@ -821,8 +824,8 @@ def judge(curve, advice, random, expert, learner):
         steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
         verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
     else:
-        steps, seconds = None, None
-        verdict = f"not solved: return {returns[bad]:.4g}, solved from {goal:.4g} on"
+        steps, seconds, when = None, None, " before the last evaluation" * (bad < len(curve))
+        verdict = f"not solved: return {returns[bad]:.4g}{when}, solved from {goal:.4g} on"
         verdict += f"; {advice}" if advice else ""
     return {"solved_at_steps": steps, "solved_at_seconds": seconds, "verdict": verdict}
 
@@ -874,7 +877,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume:
             with explained(self.checkpoint):
-                state = load(self.checkpoint)
+                state = load(self.checkpoint, "parts")
                 check(state["demos"] == self.demos, "what its run learnt from has changed")
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -922,13 +925,12 @@ class Run:
             result = score(f"{now:>9,} steps  ", play(policy.act, args))
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)
-            point = {"steps": now, "wall_seconds": self.wall_seconds}
-            self.curve.append({**point, **result, **scalars})
+            self.curve.append({"steps": now, "wall_seconds": self.wall_seconds} | result | scalars)
+            self.eval_seconds += time.perf_counter() - began
+        if due or Run.stopped_by or began - self.saved > 60:
             saved = {"script": SCRIPT, "env_id": args.env_id.split(":")[-1]}
             saved |= {"settings": policy.settings, "weights": policy.state_dict()}
             write(self.folder / "policy.pt", saved)
-            self.eval_seconds += time.perf_counter() - began
-        if due or Run.stopped_by or began - self.saved > 60:
             self.save()
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:

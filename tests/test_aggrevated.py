@@ -97,6 +97,7 @@ def test_refitted_critics_are_the_experts():
     batch = {"observations": states, "actions": actions, "rewards": gains, "fell": fell}
     batch |= {"next_observations": torch.eye(3)[following]}
     batch |= {"next_expert_actions": torch.eye(2)[chosen[following]]}
+    batch["next_observations"][fell] = torch.nan  # what follows a fall counts for nothing
     critics = script.Critics([5, 32, 1])
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.Adam(critics.parameters(), 1e-2)

@@ -36,6 +36,7 @@ def test_damaged_files(case, damage, finish, tmp_path, refused):
     flag = "--expert" if case.queries else "--demos"
     refused(case, case.argv("--out", tmp_path / "new", flag, path), path)
     folder = shutil.copytree(finish(case), tmp_path / "run")
+    refused(case, ["--evaluate", folder / "checkpoint.pt"], "checkpoint.pt", "another kind")
     damage(folder / "checkpoint.pt")
     refused(case, ["--resume", folder], folder / "checkpoint.pt")
     damage(folder / "policy.pt")

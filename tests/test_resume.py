@@ -33,7 +33,7 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
         process.join(60)
     finally:
         process.kill()
-    steps = checkpoint(folder)["steps"]
+    stopped, steps = shutil.copytree(folder, tmp_path / "stopped"), checkpoint(folder)["steps"]
     errors = capfd.readouterr().err
     if how == signal.SIGKILL:
         assert process.exitcode == -how and not errors
@@ -45,6 +45,10 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     budget = ["--total-steps", steps + 1]
     assert case.main("--resume", folder, *budget) == 0
     assert same(weights(folder), case.run(tmp_path / "never stopped", *budget, *flags))
+    if flags:  # it was not evaluated: with a lower budget it ends at once, with a policy
+        policy = weights(stopped)
+        assert case.main("--resume", stopped, "--total-steps", 1) == 0
+        assert same(weights(stopped), policy) and (stopped / "summary.json").exists()
 
 
 def test_the_command_that_is_printed_can_be_pasted(tmp_path):
@@ -87,6 +91,15 @@ def test_with_a_lower_budget_it_ends_at_once(finish, tmp_path):
     (folder / "summary.json").unlink()
     assert same(PPO.resume(folder, "--total-steps", 1), weights(finish(PPO)))
     assert read_json(folder / "summary.json")["steps"] == 3 * PPO.every
+
+
+@pytest.mark.parametrize("case", [BC, AGGREVATED], ids=str)
+def test_on_a_machine_without_its_device(case, finish, tmp_path, refused):
+    folder = shutil.copytree(finish(case), tmp_path / "run")
+    whole = checkpoint(folder)
+    torch.save({**whole, "args": {**whole["args"], "device": "cuda:9"}}, folder / "checkpoint.pt")
+    refused(case, ["--resume", folder], "cuda:9", "--device cpu")
+    assert same(case.resume(folder, "--device", "cpu"), weights(finish(case)))
 
 
 @pytest.mark.parametrize("case", [BC, PPO], ids=str)
