@@ -983,6 +983,7 @@ def stop(number, frame):
     waits, Run.stopped_by = Run.stopped_by == 0, number
     if not waits:
         raise KeyboardInterrupt
+    say("stopping when this iteration has ended; once more: at once")
 
 
 def main(argv=None):
