@@ -267,7 +267,7 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """(|logit gradient| - 1)^2 between expert and policy pairs (Gulrajani et al. 2017, eq. 3).
+    """DEVIATION (2): (|logit gradient| - 1)^2 between both kinds (Gulrajani et al. 2017, eq. 3).
 
     By the mask, mixtures of an absorbing pair with an ordinary one count as 0: D may set these two
     apart as sharply as it likes. -> ()"""
@@ -449,15 +449,15 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    Clipping does not bound a policy's change: now and then one rollout takes it a hundred times as
-    far as the others. So after a pass that led it farther than --target-kl times the size of an
-    action (a Gaussian's KL divergence adds up over its numbers), the critic alone takes the rest.
+    DEVIATION (1): clipping does not bound a policy's change: now and then one rollout takes it a
+    hundred times as far as the others. So after a pass that led it farther than --target-kl times
+    the size of an action (a Gaussian's KL divergence adds up), the critic alone takes the rest.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
     of GAIL's loss rises meanwhile). By GAIL alone a policy finds the expert's actions by chance; by
     cloning alone it errs where the expert never was."""
-    # A Gaussian's entropy has no upper end: a bonus soon drives most actions out of the box.
+    # DEVIATION (4). A Gaussian's entropy has no upper end: a bonus drives actions out of the box.
     entropy_weight = args.entropy * policy.discrete
 
     def cloning_loss():
@@ -537,7 +537,7 @@ def train(args):
     terminating = bool(ends.any())  # does any demonstration terminate?
     absorbing = terminating if args.absorbing == "auto" else args.absorbing == "yes"
     absorbing = absorbing and args.control != "constant-reward"  # its reward is not D's
-    if absorbing:
+    if absorbing:  # DEVIATION (6)
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
@@ -546,7 +546,7 @@ def train(args):
     run.start(**parts)  # what a checkpoint holds; --resume: loads them
 
     while run.steps < args.total_steps:
-        share = max(1 - run.steps / args.schedule, FINAL_SHARE)
+        share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATION (3)
         bc_weight = args.bc_weight * share
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * share
@@ -596,9 +596,9 @@ def train(args):
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # Kept is an average of all policies so far. With power 1 the k-th counts k times, with 8
-        # about k^8 times, so the last tenth makes 60 % (Shamir & Zhang 2013, section 4): without an
-        # entropy bonus a Gaussian improves to the end.
+        # DEVIATION (5): kept is an average of all policies so far. With power 1 the k-th counts k
+        # times, with 8 about k^8 times, so the last tenth makes 60 % (Shamir & Zhang 2013, section
+        # 4): without an entropy bonus a Gaussian improves to the end.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
