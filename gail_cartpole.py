@@ -79,7 +79,7 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"  # names files and folders
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
-END_SCALE = 0.3  # what the absorbing state keeps of the observation before it: Discriminator
+END_SCALE = 0.3  # the absorbing state, after a termination, is the last observation times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in the average that is kept
@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
-    flag("--schedule", type=count, help="steps until step sizes are low: --total-steps at first")
+    flag("--schedule", type=count, help="steps until step sizes are low; a resumed run's stays")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
@@ -110,7 +110,7 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--target-kl", type=real, default=0.03, help="PPO's limit, times an action's size")
+    flag("--target-kl", type=real, default=0.03, help="PPO's limit, for each number of an action")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -230,20 +230,20 @@ class Discriminator(nn.Module):
         zeros for the action, the flag. (..., size of a pair) -> the same
 
         So D can tell a crash from a landing, but hardly one landing from another. In full size it
-        would know the expert's few ends by heart, and pay for no other: policies would go on."""
+        would know the few ends by heart, and reward no other: policies would avoid an end."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
-        """Add what follows each termination: (n, size), (n,) bool or weights -> (more, size).
+        """Append what follows each termination: (n, size), (n,) bool or weights -> (more, size).
 
         The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
         = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), and every other pair
-        once; fewer, but one at least, if a weight is below 1, as with --num-pairs. DAC (Kostrikov
-        et al. 2019, algorithm 1) adds one copy, the same everywhere."""
+        once. With --num-pairs an end weighs the share of pairs kept: fewer copies, at least one.
+        DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
         after, weights = self.absorbing_pairs(pairs[terminated > 0]), terminated[terminated > 0]
-        wanted = (weights / (1 - gamma)).round().clamp(min=1)  # copies; the k-th is made of these:
+        wanted = (weights / (1 - gamma)).round().clamp(min=1)  # copies; k counts them
         return torch.cat([pairs, *(after[wanted > k] for k in range(round(1 / (1 - gamma))))])
 
 
@@ -262,7 +262,7 @@ class Recent(deque):
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (Ho & Ermon 2016, eq. 17, turned): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): (batch,) twice -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -346,7 +346,7 @@ class Environments:
         self.reset()
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes are cut at different lengths; 0, and after begin: not cut.
+        # So the first episodes are cut at different lengths; begin() sets 0: not cut.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -401,16 +401,16 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...); and of the episodes that
-    ended in them (return, length)."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), with the keys `names`; and
+    the (return, length) of each episode that ended in them."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *outcome, ended_now = envs.step(policy.to_env(actions))
-        frames.append((observations, actions.cpu().numpy(), *outcome))
+        after, terminated, truncated, ended_now = envs.step(policy.to_env(actions))
+        frames.append((observations, actions.cpu().numpy(), after, terminated, truncated))
         ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
@@ -450,8 +450,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     DEVIATION (1): clipping does not bound a policy's change: now and then one rollout takes it a
-    hundred times as far as the others. So after a pass that led it farther than --target-kl times
-    the size of an action (a Gaussian's KL divergence adds up), the critic alone takes the rest.
+    hundred times as far as the others. So after a pass that led it farther than --target-kl for
+    each number of an action (a Gaussian's KL adds up), the critic alone takes the rest.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
@@ -487,7 +487,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # of the next pass's `if`
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # tested in the next pass
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -497,7 +497,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, absorbing, terminating):
-    """What to advise if the run is not solved, from the scalars of its last evaluation.
+    """What to advise if the run is not solved, from the scalars that run.record got last.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, -log(1 - D) is flat and low where the policy is."""
@@ -522,7 +522,7 @@ def train(args):
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # (..., n, inputs) -> (..., n):
+    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # Flatten drops the last 1
     critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
@@ -572,9 +572,9 @@ def train(args):
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
-        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so that a
-        # discounted sum of them is a weighted mean: small enough for the critic. And an absorbing
-        # state, which pays r for ever, is worth r.
+        # 3. Reward each pair; compute advantages. Rewards, but not end_values, are scaled by
+        # 1 - gamma, so that a discounted sum of them is a weighted mean: small enough for the
+        # critic. And an absorbing state, which pays r for ever, is then worth r.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -588,7 +588,7 @@ def train(args):
             advantages = generalized_advantages(
                 rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
             )
-            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # without absorbing
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
@@ -614,7 +614,7 @@ def train(args):
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    # Empty only if a run that was never evaluated is resumed, and its budget is spent already.
+    # run.curve is empty only if a run that was never evaluated is resumed with its budget spent.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 

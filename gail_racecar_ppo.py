@@ -229,7 +229,7 @@ def at_finish(observations):
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (Ho & Ermon 2016, eq. 17, turned): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): (batch,) twice -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -339,16 +339,16 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...); and of the episodes that
-    ended in them (return, length)."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), with the keys `names`; and
+    the (return, length) of each episode that ended in them."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        *outcome, ended_now = envs.step(policy.to_env(actions))
-        frames.append((observations, actions.cpu().numpy(), *outcome))
+        after, terminated, truncated, ended_now = envs.step(policy.to_env(actions))
+        frames.append((observations, actions.cpu().numpy(), after, terminated, truncated))
         ended += ended_now
     names = ("observations", "actions", "next_observations", "terminated", "truncated")
     columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
