@@ -548,7 +548,7 @@ def judge(curve, random, expert, learner):
     """When was it solved? At the first good validation, or else the best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
-    if curve and learner["return_mean"] >= goal:
+    if learner["return_mean"] >= goal:
         best = max(curve, key=lambda point: point["return_mean"])
         at = next((point for point in curve if point["return_mean"] >= goal), best)
         verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
@@ -687,7 +687,8 @@ class Run:
         results = {name: score(name, episodes) for name, episodes in samples.items()}
         pairs = zip(learner, self.walks)  # on the same seeds
         gains = np.array([x.rewards.sum() - y.rewards.sum() for x, y in pairs])
-        summary = self.facts() | results | judge(self.curve, **results)
+        end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
+        summary = self.facts() | results | judge(self.curve or [end], **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         summary["verdict"] += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
         summary["paired_differences"] = gains.tolist()

@@ -638,7 +638,8 @@ class Run:
         distances = occupancy_distances(self.held_out, samples)
         samples["expert"] = self.not_held_out + self.held_out
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
-        summary = self.facts() | results | judge(self.curve, advice, **results)
+        end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
+        summary = self.facts() | results | judge(self.curve or [end], advice, **results)
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")

@@ -124,6 +124,11 @@ def test_roll_ins_hold_transitions_one_trajectory_after_the_other():
     assert batch["actions"].abs().max() <= 1
 
 
+def test_a_fall_is_a_bool_whatever_is_fall_returns(monkeypatch):
+    monkeypatch.setattr(script, "is_fall", lambda env_id, reward, terminated: int(terminated))
+    assert roll(0.5)[1]["fell"].dtype == torch.bool
+
+
 def test_who_begins_and_who_ends_a_trajectory():
     """The expert ends all of AggreVaTeD's; DAgger's learner is left alone, and nothing is noisy."""
     _, batch = roll(0.0, "--noise", 0)

@@ -48,7 +48,9 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     if flags:  # it was not evaluated: with a lower budget it ends at once, with a policy
         policy = weights(stopped)
         assert case.main("--resume", stopped, "--total-steps", 1) == 0
-        assert same(weights(stopped), policy) and (stopped / "summary.json").exists()
+        found = read_json(stopped / "summary.json")
+        assert same(weights(stopped), policy) and "before the last" not in found["verdict"]
+        assert found["solved_at_steps"] in (None, steps)
 
 
 def test_the_command_that_is_printed_can_be_pasted(tmp_path):
