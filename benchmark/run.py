@@ -60,7 +60,8 @@ def expand(name, experiment):
             program, words = [experiment["script"]], shlex.split(flags)
             if words[:1] and not words[0].startswith("-"):  # a part replaced by variants.py
                 program = ["benchmark/variants.py", words.pop(0), *program]
-            words = [*shlex.split(experiment.get("flags", "")), *words, "--seed", str(seed)]
+            common = experiment.get("flags", "").replace("{seed}", str(seed))
+            words = [*shlex.split(common), *words, "--seed", str(seed)]
             about = {"variant": variant, "seed": seed, "run_name": run_name}
             yield {**about, "program": program, "command": [*program, *words]}
 
