@@ -12,7 +12,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        shipped, too; by uv
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        shipped; with uv
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
@@ -22,7 +22,7 @@ has the results.
 Deviations from the paper: (1) PPO, with a limit to the KL divergence, or REINFORCE in place of
 TRPO; (2) a gradient penalty on D, which keeps the slope of its logits near 1; (3) twenty D updates
 per rollout, and step sizes of policy and critic that fall; (4) the entropy bonus, for Discrete
-actions alone, is not discounted, and stands beside normalised advantages; (5) a mean of the
+actions alone, is a plain mean over states, not a discounted sum; (5) a mean of the
 policies' weights is kept, not the last policy; (6) reward forms other than `gail`, the paper's, and
 a reward for what follows a termination (--absorbing; D then learns from the last ten rollouts);
 (7) by default cloning's loss stands beside the policy's, and its weight falls from 1 to 0.02:
@@ -75,11 +75,11 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below, come number, say, Failed, EVALUATION_SEEDS, tensors and Run.
+# The harness, below, has number, say, BadInput, Failed, EVALUATION_SEEDS, tensors and Run.
 
 SCRIPT = "gail_cartpole"  # names files and folders
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
-END_SCALE = 0.3  # the absorbing state, after a termination, is the last observation times this
+END_SCALE = 0.3  # the absorbing state: the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in the average that is kept
@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
-    flag("--schedule", type=count, help="steps until step sizes are low; a resumed run's stays")
+    flag("--schedule", type=count, help="steps until step sizes are lowest; kept by --resume")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
@@ -123,7 +123,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
-    # Only defaults: a flag that is given wins, and so does what a resumed run was started with.
+    # Defaults that depend on other flags: a flag that is given wins, or what --resume brings.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -167,7 +167,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # In policy.pt beside the weights, which do not hold the box: persistent=False, below.
+        # policy.pt holds these settings beside the weights; so the weights need not hold the box.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -188,7 +188,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # from_numpy needs it so
+        observations = np.array(observations, np.float32, order="C")  # torch refuses some views
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -212,7 +212,7 @@ class Discriminator(nn.Module):
     def __init__(self, policy, hidden):
         super().__init__()
         self.standardise, self.discrete = policy.standardise, policy.discrete  # shared
-        self.action_size = policy.network[-1].out_features  # or the number of actions
+        self.action_size = policy.network[-1].out_features  # Discrete: how many there are
         self.network = mlp(policy.settings["inputs"] + self.action_size + 1, hidden, hidden, 1)
 
     def forward(self, pairs):
@@ -226,21 +226,22 @@ class Discriminator(nn.Module):
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
     def absorbing_pairs(self, pairs):
-        """What follows if an episode terminates at these pairs: their observations made small,
-        zeros for the action, the flag. (..., size of a pair) -> the same
+        """What follows if an episode terminates after these pairs: their own observations (not what
+        the step led to) made small, zeros for the action, the flag. (..., size of a pair) -> same
 
-        So D can tell a crash from a landing, but hardly one landing from another. In full size it
-        would know the few ends by heart, and reward no other: policies would avoid an end."""
+        So D can tell a crash from a landing, but hardly one landing from another. With END_SCALE 1
+        it would know the expert's few ends by heart, and reward no others: policies avoid them."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
-        """Append what follows each termination: (n, size), (n,) bool or weights -> (more, size).
+        """Append what follows each termination: (n, size), (n,) -> (more, size).
 
-        The absorbing state lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps: so many copies D sees (100 with gamma 0.99), and every other pair
-        once. With --num-pairs an end weighs the share of pairs kept: fewer copies, at least one.
+        `terminated` is 0, or 1 after a pair that ends an episode. The absorbing state lasts for
+        ever. Discounted, that is as long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps: so
+        many copies D sees (100 with gamma 0.99), and every other pair once. If --num-pairs thinned
+        the demonstrations, `terminated` is the share that was kept: fewer copies, at least one.
         DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
         after, weights = self.absorbing_pairs(pairs[terminated > 0]), terminated[terminated > 0]
         wanted = (weights / (1 - gamma)).round().clamp(min=1)  # copies; k counts them
@@ -346,7 +347,7 @@ class Environments:
         self.reset()
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes are cut at different lengths; begin() sets 0: not cut.
+        # So the first episodes are cut at different lengths. 0, which begin() sets, means: never.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -401,8 +402,8 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), with the keys `names`; and
-    the (return, length) of each episode that ended in them."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), by name; and the (return,
+    length) of each episode that ended in them."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
@@ -483,7 +484,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
                 # The critic shares no weights with the policy: its loss needs no coefficient.
                 loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
                 loss = loss + cloning_loss()
-            descend(optimizer, loss)  # at times the critic's; Adam skips what has no gradient
+            descend(optimizer, loss)  # the critic's alone: the policy has no grad, Adam skips it
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
@@ -497,7 +498,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, absorbing, terminating):
-    """What to advise if the run is not solved, from the scalars that run.record got last.
+    """What to advise if the run is not solved, from the scalars at its last evaluation.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, -log(1 - D) is flat and low where the policy is."""
@@ -516,14 +517,15 @@ def train(args):
 
     Run reads the demonstrations, seeds torch, and holds the count of the steps."""
     run = Run(args)
-    # Not read: rewards, is_success. (pairs, ...) each; `ends`: weights of terminations, else 0.
+    # (pairs, ...) each; `ends`: 1 where an episode terminates (less with --num-pairs), else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # Flatten drops the last 1
-    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2)).to(args.device)
+    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
+    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
+    critic.to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -531,7 +533,7 @@ def train(args):
     envs = Environments(args.env_id, args.num_envs)
 
     if args.control == "shuffled-expert":
-        expert_actions = expert_actions[torch.randperm(len(expert_actions))]
+        expert_actions = expert_actions[torch.randperm(len(expert_actions))]  # resumed: the same
     expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
     terminating = bool(ends.any())  # does any demonstration terminate?
@@ -552,7 +554,7 @@ def train(args):
             group["lr"] = learning_rate * share
 
         # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy, and no earlier
-        # one, leads to every state. No episode is then longer than --num-steps.
+        # one, leads to every state. The price: D sees only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -562,7 +564,7 @@ def train(args):
         if absorbing:
             terminated = batch["terminated"].flatten()
             longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
-            recent.append(longer.cpu())
+            recent.append(longer.cpu())  # as a checkpoint holds it
             policy_pairs = torch.cat(list(recent)).to(args.device)
 
         # 2. Train the discriminator.
@@ -572,9 +574,9 @@ def train(args):
                 discriminator, d_optimizer, expert_pairs, policy_pairs, args
             )
 
-        # 3. Reward each pair; compute advantages. Rewards, but not end_values, are scaled by
-        # 1 - gamma, so that a discounted sum of them is a weighted mean: small enough for the
-        # critic. And an absorbing state, which pays r for ever, is then worth r.
+        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value, their
+        # discounted sum, is then a weighted mean of what D pays, small enough for the critic; and
+        # the absorbing state, which pays r for ever, is worth r.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -596,9 +598,9 @@ def train(args):
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # DEVIATION (5): kept is an average of all policies so far. With power 1 the k-th counts k
-        # times, with 8 about k^8 times, so the last tenth makes 60 % (Shamir & Zhang 2013, section
-        # 4): without an entropy bonus a Gaussian improves to the end.
+        # DEVIATION (5): kept is an average of all policies so far, in which the k-th counts about
+        # k^power times (Shamir & Zhang 2013, section 4). A Gaussian, which has no entropy bonus,
+        # improves to the end: with a power of 8 the last tenth of them makes 60 %.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -614,7 +616,7 @@ def train(args):
             scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
             scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    # run.curve is empty only if a run that was never evaluated is resumed with its budget spent.
+    # run.curve: each evaluation's scalars. Empty if a run resumed with its budget spent has none.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 

@@ -124,7 +124,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # In policy.pt beside the weights, which do not hold the box: persistent=False, below.
+        # policy.pt holds these settings beside the weights; so the weights need not hold the box.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -145,7 +145,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # from_numpy needs it so
+        observations = np.array(observations, np.float32, order="C")  # torch refuses some views
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 

@@ -339,8 +339,8 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), with the keys `names`; and
-    the (return, length) of each episode that ended in them."""
+    """Steps of all environments: a dict of (num_steps, num_envs, ...), by name; and the (return,
+    length) of each episode that ended in them."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
