@@ -404,7 +404,7 @@ def number(kind, low, high=10**9):
 def parse_args(argv=None):
     """The settings, from a list of words or the command line; a resumed run brings its own."""
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
-    parser.description = __doc__.splitlines()[0]
+    parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
     parser.error = functools.partial(check, False)  # in place of 25 lines of usage
     flag = parser.add_argument_group("task and run").add_argument
@@ -470,7 +470,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"]
+        return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -489,9 +489,10 @@ def sizes(env_id):
             fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (_, _), (found, *_) = env.reset(seed=0), env.step(taken.sample())
-        sound = np.shape(found) == seen.shape and np.isfinite(found).all()
+        (_, _), (found, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
         check(sound, f"an observation {found}, expected a finite one of {seen}")
+        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -629,7 +630,7 @@ class Run:
         self.setup_seconds = time.perf_counter() - self.clock
         self.save()  # after SummaryWriter, which would recreate a deleted folder
         say(f"run     {self.folder}")
-        hidden = args.no_progress or not os.isatty(2)
+        hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         self.clock = time.perf_counter()
 
@@ -748,7 +749,7 @@ def main(argv=None):
         say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        flags = ["--resume", str(Run.active.folder)] if Run.active else sys.argv[1:]
+        flags = [f"--resume={Run.active.folder}"] if Run.active else sys.argv[1:]
         words = shlex.join([sys.executable, sys.argv[0], *flags])
         say(f"{SCRIPT}.py: stopped; go on with: {words}", sys.stderr)
         return 128 + (Run.stopped_by or signal.SIGINT)

@@ -349,7 +349,7 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
         valid = False
     if not valid:
         raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
-    return min(max(steering, -1.0), 1.0), min(max(throttle, 0.0), 1.0)
+    return min(max(float(steering), -1.0), 1.0), min(max(float(throttle), 0.0), 1.0)
 
 
 def _check_display() -> None:

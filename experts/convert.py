@@ -145,7 +145,8 @@ def play(env, act, episodes):
 
 
 def convert(args, argv):
-    path, out = Path(args.model), Path(args.out)
+    path, out, task = Path(args.model), Path(args.out), args.env_id.split(":")[-1]
+    check(path.is_file(), "not found, expected a file")  # a pipe could block
     check(args.episodes > 0, f"--episodes {args.episodes}, expected at least 1")
     check(not out.exists(), f"--out {out} exists already, expected a new file")
     try:
@@ -164,7 +165,7 @@ def convert(args, argv):
     if "env_id" in data and data.keys() <= FIRST_VERSION:
         policy, activation, trained_on = "SAC", "relu", data["env_id"]  # TQC's actor is SAC's
         source = {k: v for k, v in data.items() if k != "env_id"}
-        check(trained_on == args.env_id, f"an expert for {trained_on}, expected {args.env_id}")
+        check(trained_on == task, f"an expert for {trained_on}, expected {task}")
         unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
         check(unit, f"actions in [-1, 1], expected the task's {env.action_space}")
     else:
@@ -186,7 +187,7 @@ def convert(args, argv):
     score["random"] = play(env, lambda _: env.action_space.sample(), args.episodes)
     source |= {"score": score, "converted": shlex.join(["python", "experts/convert.py", *argv])}
     source["converted_with"] = {"gymnasium": gym.__version__, "torch": str(torch.__version__)}
-    expert = {"script": "aggrevated_bipedal", "env_id": args.env_id, "settings": settings}
+    expert = {"script": "aggrevated_bipedal", "env_id": task, "settings": settings}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         torch.save({**expert, "weights": ours, "source": source}, temporary)

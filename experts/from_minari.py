@@ -53,6 +53,7 @@ def find(name):
 
 def read_metadata(path, env_id):
     """What is said about the dataset, and the task's id."""
+    check(path.is_file(), f"{path}: not found, expected a file")  # a pipe could block
     check(path.stat().st_size <= 2**24, f"{path} is larger than 16 MB")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -121,6 +122,7 @@ def read_episode(group, room):
 
 def read_episodes(path, count):
     """The first `count` episodes, or all."""
+    check(path.is_file(), f"{path}: not found, expected a file")
     with h5py.File(path, "r") as file:
         names = [f"episode_{i}" for i in range(len(file))]
         strange = sorted(set(file) - set(names))[:3]

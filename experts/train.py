@@ -30,6 +30,7 @@ takes a third of SAC's time.
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -135,14 +136,22 @@ def write(path, save):
         temporary.unlink(missing_ok=True)
 
 
-def read(path, *keys):
-    """What this program wrote with torch.save; nothing in it is unpickled."""
+@contextlib.contextmanager
+def explained(path):
+    """Whatever goes wrong inside becomes one line about the file."""
     try:
-        content = torch.load(path, weights_only=True)
-        return [content[key] for key in keys]
-    except Exception as error:  # torch.load raises many kinds
+        yield
+    except Exception as error:  # a damaged file fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: expected a file of this program, found {reason}") from None
+
+
+def read(path, *keys):
+    """What this program wrote with torch.save; nothing in it is unpickled."""
+    with explained(path):
+        check(Path(path).is_file(), "none")  # a pipe could block
+        content = torch.load(path, weights_only=True)
+        return [content[key] for key in keys]
 
 
 # --- the task and the policy ----------------------------------------------------------------------
@@ -239,13 +248,15 @@ class Policy:
 def load_policy(path):
     """The policy, task and source in a file that `Policy.save` wrote."""
     env_id, settings, weights, source = read(path, "env_id", "settings", "weights", "source")
-    mean, deviation, activation = weights["mean"], weights["deviation"], settings["activation"]
-    plain = activation == "relu" and not mean.any() and (deviation == 1).all()
-    check(plain, f"{path}: found a normaliser or {activation}, expected ReLU without one")
-    names = [f"network.{2 * i}" for i in range(len(settings["sizes"]) - 1)]
-    layers = [weights[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
-    space = gym.spaces.Box(*(np.array(settings[name], np.float32) for name in ("low", "high")))
-    return Policy("td3", layers, space), env_id, source
+    with explained(path):
+        mean, deviation, activation = weights["mean"], weights["deviation"], settings["activation"]
+        plain = activation == "relu" and not mean.any() and (deviation == 1).all()
+        check(plain, f"a normaliser or {activation}, expected ReLU without one")
+        names = [f"network.{2 * i}" for i in range(len(settings["sizes"]) - 1)]
+        layers = [weights[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
+        space = gym.spaces.Box(*(np.array(settings[name], np.float32) for name in ("low", "high")))
+        env_id = env_id.split(":")[-1]  # no file may have a module imported
+        return Policy("td3", layers, space), env_id, source
 
 
 def play(policy, env_id, episodes, seed, sampled=False):
@@ -256,7 +267,7 @@ def play(policy, env_id, episodes, seed, sampled=False):
         (observation, _), over, steps = env.reset(seed=seed + i), False, []
         while not over:
             action = policy.act(observation, generator)
-            following, reward, terminated, truncated, _ = env.step(action)
+            following, reward, terminated, truncated, _ = env.step(copy.copy(action))
             steps.append((observation, action, reward))
             observation, over = following, terminated or truncated
         observations, actions, rewards = map(np.stack, zip(*steps))
@@ -546,7 +557,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:
         (saved,) = read(args.resume / "checkpoint.pt", "args")
-        parser.set_defaults(**saved)
+        with explained(args.resume / "checkpoint.pt"):
+            parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out = args.resume
         for name in ("env_id", "algorithm", "seed", "set"):

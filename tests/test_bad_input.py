@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_no_demonstrations_are_shipped(case, tmp_path, refused):
     [
         *[("script", "another"), ("settings", None), ("settings", {"hidden": 10**9})],
         *[("weights", {}), ("weights", "NaN"), ("weights", "objects")],
-        *[("env_id", "Cart-v9"), ("env_id", 5), ("env_id", None)],
+        *[("env_id", "this:Cart-v9"), ("env_id", 5), ("env_id", None)],
     ],
 )
 def test_bad_policies(case, name, value, finish, tmp_path, refused):
@@ -144,6 +145,7 @@ def test_bad_policies(case, name, value, finish, tmp_path, refused):
     torch.save(saved, tmp_path / "policy.pt")
     words = [tmp_path / "policy.pt"] if name != "env_id" else []
     refused(case, ["--evaluate", tmp_path / "policy.pt"], *words)
+    assert "this" not in sys.modules
 
 
 def test_files_of_other_scripts(finish, tmp_path, refused):

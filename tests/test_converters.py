@@ -155,7 +155,7 @@ def test_bad_files(which, change, word, good, refuses):
 
 
 def test_what_lies_around_a_model(good, refuses, monkeypatch):
-    refuses(convert, "No such file", *TO_TOY)
+    refuses(convert, "not found", *TO_TOY)
     pickled = {":serialized:": base64.b64encode(pickle.dumps(Payload(Path()))).decode()}
     write("model.zip", good[0] | {"seed": pickled, "policy_kwargs": pickled}, good[1])
     (normalizer := Path("model_vecnormalize_9_steps.pkl")).touch()
@@ -164,7 +164,8 @@ def test_what_lies_around_a_model(good, refuses, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(convert, "MAX_BYTES", 1000)
         refuses(convert, "at most 1000", *TO_TOY)
-    convert.main(TO_TOY)
+    convert.main(TO_TOY + ["--env-id", "toys:ToyBox-v0"])
+    assert torch.load("expert.pt", weights_only=True)["env_id"] == "ToyBox-v0"  # as a script asks
     assert not Path("canary").exists()  # what is pickled in the settings stays so
     refuses(convert, "exists", *TO_TOY)
 

@@ -1,6 +1,7 @@
 """The surroundings are the user's: streams, locale, threads, disk, folders. None may break it."""
 
 import io
+import os
 import re
 import resource
 import shutil
@@ -104,6 +105,7 @@ def test_other_streams(stream, tmp_path, finish, monkeypatch):
     if stream == "closed":
         made = io.TextIOWrapper(io.BytesIO())
         made.close()
+    monkeypatch.setattr(os, "isatty", lambda number: True)  # that no stream is a terminal
     monkeypatch.setattr(sys, "stdout", made)
     monkeypatch.setattr(sys, "stderr", made)
     argv = BC.argv("--out", tmp_path / "run")

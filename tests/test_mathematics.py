@@ -174,9 +174,9 @@ def test_episodes_of_one_length_do_not_end_together():
     first, copied = (gail.Environments("toys:Truncating-v0", 3) for _ in range(2))
     for _ in range(9):
         copied.load_state_dict(copy.deepcopy(first.state_dict()))
-        _, terminated, truncated, now = first.step([0, 0, 0])
+        _, terminated, truncated, now = first.step(np.zeros(3, int))
         assert not terminated.any() and truncated.sum() == len(now) == 1
-        assert (copied.step([0, 0, 0])[2] == truncated).all()
+        assert (copied.step(np.zeros(3, int))[2] == truncated).all()
 
 
 def test_observations_are_standardised_and_a_constant_is_only_shifted():

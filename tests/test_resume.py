@@ -41,7 +41,7 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
         assert process.exitcode == 128 + how
         assert steps % case.every == 0 < steps  # the iteration ended
         (line,) = errors.splitlines()
-        assert line.endswith(shlex.join(["--resume", str(folder)]))
+        assert line.endswith(shlex.join([f"--resume={folder}"]))
     budget = ["--total-steps", steps + 1]
     assert case.main("--resume", folder, *budget) == 0
     assert same(weights(folder), case.run(tmp_path / "never stopped", *budget, *flags))

@@ -56,7 +56,8 @@ def test_help_shows_every_flag(source):
 
 
 def test_help_shows_the_defaults_that_would_be_used():
-    asked = python(ROOT / "gail_cartpole.py", "--policy-gradient", "reinforce", "--help")
+    flags = ["--policy-gradient", "reinforce", "--help"]
+    asked = python("-OO", ROOT / "gail_cartpole.py", *flags)  # without docstrings
     assert asked.returncode == 0 and asked.stdout.count("default: 500000)") == 2  # PPO's: 100000
 
 

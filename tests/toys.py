@@ -3,7 +3,8 @@
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
 always in the same array, one of them constant; rewards that are NumPy's; actions that are counted
-from 1, or a box with other bounds than [-1, 1]; entries of info that others use as well.
+from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils; entries of
+info that others use as well, and such that differ in kind or size from one episode to the next.
 """
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
 class Toy(gym.Env):
-    observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
+    observation_space, pays, success = Box(-np.inf, np.inf, (3,), np.float64), 1.0, None
 
     def __init__(self, box=False, remembers=False, **others):
         self.action_space = Discrete(3, start=1)
@@ -36,7 +37,10 @@ class Toy(gym.Env):
         assert action in self.action_space, action
         push = float(action[0] + action[1] - 1 if self.box else action - 2)
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
-        info = {"x": self.x, "episode": None, "is_success": None}
+        if self.box:
+            action *= 0
+        info = {"x": self.x, "episode": None, "is_success": self.success}
+        info |= {"touches": np.zeros(self.resets % 3), "kind": None if self.resets % 2 else 1}
         return self.observe(push), self.pays - abs(self.x), bool(abs(self.x) > 1), False, info
 
 
@@ -70,6 +74,8 @@ REFUSED = {
     "Huge-v0": {"action_space": Box(-3e38, 3e38, (2,))},
     "Short-v0": {"observation_space": Box(-1, 1, (4,))},  # it gives three
     "NaN-v0": {"remembers": np.nan, "box": True},
+    "Pay-v0": {"pays": np.ones(1), "box": True},
+    "Success-v0": {"success": "yes", "box": True},
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
