@@ -68,6 +68,7 @@ from tqdm import tqdm
 
 SCRIPT = "bc_cartpole"
 LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
+SATURATED = 0.99  # of the way to an end of a Box: actions beyond it count as there, 2.6 before tanh
 LOG_EVERY = 100  # updates
 AVERAGED = 1_000  # updates: how far the average of the weights reaches back, about
 
@@ -112,8 +113,11 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or lie in the box scaled to [-1, 1]; to_env (which clips) and from_env convert them.
+    """A softmax over Discrete actions, or a Gaussian over what tanh squashes into a Box's. The
+    policy's own actions count from 0, or are not squashed yet; to_env and from_env convert them.
+
+    Experts like SAC's add their noise before tanh. The mean of what comes out is nearer to 0 than
+    what they would do without noise: its clone is too timid (docs/studies/cloning.md).
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
@@ -146,16 +150,17 @@ class Policy(nn.Module):
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
     def to_env(self, actions):
-        """From the policy's own units to the environment's, as NumPy; outside the box: clipped."""
+        """From the policy's own units to the environment's, as NumPy."""
         if self.discrete:
             return (actions + self.low).cpu().numpy()
-        return torch.lerp(self.low, self.high, (actions.clamp(-1, 1) + 1) / 2).cpu().numpy()
+        return torch.lerp(self.low, self.high, (actions.tanh() + 1) / 2).cpu().numpy()
 
     def from_env(self, actions):
         """From the environment's units to the policy's, both as tensors."""
         if self.discrete:
             return actions - self.low
-        return 2 * (actions - self.low) / (self.high - self.low) - 1
+        squashed = 2 * (actions - self.low) / (self.high - self.low) - 1
+        return squashed.clamp(-SATURATED, SATURATED).atanh()
 
 
 def behavioural_cloning_loss(policy, observations, actions):

@@ -89,6 +89,8 @@ def copy_from(model, text, same_task=True, same_harness=True):
 
 
 def task_of(script):
+    if script.startswith("bc_"):
+        return "cloning"  # its policy squashes actions
     return script.removesuffix(".py").split("_")[-1 if "cartpole" in script else 1]
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scripts import OFFLINE, PPO, RACECAR, REINFORCE
+from scripts import BC, OFFLINE, PPO, RACECAR, REINFORCE
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn import functional as F
 from written import checkpoint, same
@@ -134,6 +134,17 @@ def test_a_policy_over_a_box():
     assert np.allclose(policy.act(seen.numpy()), policy.to_env(mean.detach()))
     draws = policy.act(np.zeros((4000, 3)), sample=True)
     assert draws.std(0)[0] > 0.1 and (draws >= [-1, 0]).all() and (draws <= [1, 4]).all()
+
+
+def test_a_clone_of_a_box_is_squashed():
+    """It learns what is before tanh; its bounds have a finite place there, too."""
+    policy, before = BC.module.Policy(3, [-1.0, 0.0], [1.0, 4.0], 8), torch.randn(20, 2)
+    box = torch.as_tensor(policy.to_env(before))
+    assert torch.allclose(box, torch.tensor([0.0, 2.0]) + before.tanh() * torch.tensor([1.0, 2.0]))
+    kept = before.tanh().abs() < 0.99
+    assert torch.allclose(policy.from_env(box)[kept], before[kept], atol=1e-4) and kept.any()
+    bounds = policy.from_env(torch.tensor([[-1.0, 4.0]]))
+    assert torch.allclose(bounds.tanh(), torch.tensor([[-0.99, 0.99]]))
 
 
 def test_cloning_beside_ppo_moves_the_means_of_a_gaussian_alone():
