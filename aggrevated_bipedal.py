@@ -3,28 +3,28 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end, and so shows Q* what follows,
+       there the expert walks to the end, as in AggreVaTe, for more data on what follows it,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algorithm dagger`.
 
-    python aggrevated_bipedal.py --total-steps 2           a look around
+    python aggrevated_bipedal.py --total-steps 2           two iterations: a look around
     python aggrevated_bipedal.py                           ten minutes: the weak expert
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
     python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
     python aggrevated_bipedal.py --env-id mine:Task-v0 --expert expert.pt      a task of yours
 
-An expert is a .pt of plain weights: of experts/, or any policy.pt that this script wrote.
+An expert is a .pt of plain weights and settings: of experts/, or a policy.pt of this script.
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
 function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
 learner is held near the expert's action, and A* is weighted by 1 - alpha: little while Q* is young;
-(3) Q* is learnt by bootstrapping, not from the expert's returns, is discounted, not a function of
-time, and only a fall has value 0; two networks are fitted, and the mean of their A* minus its
-spread is maximised, as a cautious estimate; (4) roll-ins are greedy, with noise; (5) training uses
-all states so far, the expert's among them.
+(3) Q* is learnt by bootstrapping, not from the expert's returns; it is discounted and has no time
+index; only a fall has value 0; of two networks' A*, the mean minus --caution times the spread is
+maximised; (4) a coin decides who starts a whole roll-in, by its mean action plus correlated noise;
+(5) training uses all states so far, the expert's among them.
 """
 
 # /// script
@@ -77,8 +77,8 @@ MIXING = 5  # alpha, the expert's share of roll-ins, is 1 at first, and 0 after 
 STD = 0.1  # of the learner's actions in its loss, before tanh: it averages Q* around the mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes, to choose the best policy: falls are rare
-TARGET_DECAY = 0.95  # of the critics' average that gives targets; with 0.99 Q* lags behind
+VALIDATION = 10  # times --eval-episodes: to choose the best policy takes many, for falls are rare
+TARGET_DECAY = 0.95  # of the critics' moving average, which gives targets; with 0.99 it lags
 LEAST_DEVIATION = 0.1  # when standardising, so that nothing is scaled more than tenfold
 HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
@@ -86,7 +86,7 @@ HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is har
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. From the harness come number, Run, Failed and EVALUATION_SEEDS."""
+    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
     shipped = "weak, good or half, where experts/ has one for the task; or a .pt: see experts/"
@@ -96,7 +96,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    switch = "the expert takes over at a random step below it: about an episode's length"
+    switch = "the expert takes over at a random step below this: set about an episode's length"
     flag("--switch", type=number(int, 1), default=1_000, help=switch)
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
@@ -104,17 +104,17 @@ def add_settings(parser, argv):
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the policy's layers")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
     flag("--caution", type=number(float, 0), default=1.5, help="times the critics' spread, off A*")
-    anchor = "pull towards the expert's action, against A*: scale it as your rewards"
+    anchor = "pull towards the expert's action, against A*: in proportion to your rewards"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
         parser.set_defaults(**HARDCORE)
 
 
 def is_fall(env_id, reward, terminated):
-    """CHANGE ME: did this step lead to a state whose value is 0, since nothing can be earned there?
+    """CHANGE ME: did this step lead to a state of value 0, from which nothing is bootstrapped?
 
-    Right for Gymnasium's MuJoCo tasks. Not so at the end of BipedalWalker's course, where it
-    terminates, too: the value is that of walking on."""
+    In Gymnasium's MuJoCo tasks every termination does. BipedalWalker terminates at the end of its
+    course as well: that is taken for a time limit, as if the walk went on."""
     walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
     return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
 
@@ -211,7 +211,7 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
     if not weight:
         return args.anchor * distances.mean()
     difference = critics(states, policy.sample(states)) - critics(states, expert_actions)
-    spread = (difference.var(0) + 1e-6).sqrt()  # at the expert's action sqrt(0) has gradient NaN
+    spread = (difference.var(0) + 1e-6).sqrt()  # of two equal actions sqrt(0) has gradient NaN
     advantages = difference.mean(0) - args.caution * spread
     return (args.anchor * distances - weight * advantages).mean()
 
@@ -224,7 +224,7 @@ def roll_in(policy, expert, alpha, args):
     """--num-envs trajectories, one after the other: a dict of (steps, ...).
 
     Each is started by the expert (with probability alpha) or the learner, with noise on the
-    actions; from a random step below --switch on the expert alone walks. DAgger: without noise
+    actions; from a random step on, below --switch, the expert walks alone. DAgger: without noise
     and takeover."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
     dagger, frames = args.algorithm == "dagger", []
@@ -233,7 +233,7 @@ def roll_in(policy, expert, alpha, args):
         switch = math.inf if dagger else int(torch.randint(args.switch, ()))
         scale = 0.0 if dagger else args.noise * torch.rand(())
         noise = torch.randn(len(policy.low))
-        env = gym.make(args.env_id, disable_env_checker=True)  # Box2D remembers earlier episodes
+        env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D remembers
         (observation, _), over, step = env.reset(seed=seed), False, 0
         while not over:
             seen = torch.tensor(observation, dtype=torch.float32, device=args.device)  # a copy
@@ -306,7 +306,7 @@ def improve(policy, critics, optimizer, transitions, weight, args):
 
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
-    run = Run(args)
+    run = Run(args)  # has the expert (a Policy), the task's sizes and the counts
     expert = run.expert.to(args.device)
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
@@ -325,12 +325,12 @@ def train(args):
         # 1. Roll in.
         alpha = max(0.0, 1 - run.steps / MIXING)
         batch = roll_in(policy, expert, alpha, args)
-        if run.steps == 0:  # alpha is 1: all states are the expert's
+        if run.steps == 0:  # alpha is 1: all states are the (noisy) expert's
             policy.measure(batch["observations"])
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # mean and deviation, too
+            target.module.load_state_dict(critics.state_dict())  # for its mean and deviation
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -344,7 +344,7 @@ def train(args):
         weight = 0.0 if args.algorithm == "dagger" else 1 - alpha
         scalars |= improve(policy, critics, optimizer, transitions, weight, args)
 
-        # 4. Validate, every --eval-every iterations, and copy a better policy into `best`.
+        # 4. Validate every --eval-every iterations and at the end; copy a better policy to `best`.
         run.record(scalars, policy, best)
     return run.finish(best)
 
