@@ -133,13 +133,14 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: LEAST_STD + exp
+            before_tanh = torch.full((outputs,), -0.5)  # std: LEAST_STD + exp
+            self.log_std_before_tanh = nn.Parameter(before_tanh)
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
-        std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
+        std = (LEAST_STD + self.log_std_before_tanh.exp()).expand_as(outputs)
         return Independent(Normal(outputs, std, validate_args=False), 1)
 
     @torch.no_grad()
