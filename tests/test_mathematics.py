@@ -190,6 +190,18 @@ def test_episodes_of_one_length_do_not_end_together():
         assert (copied.step(np.zeros(3, int))[2] == truncated).all()
 
 
+def test_a_task_may_spoil_the_actions_that_it_is_given():
+    """What is replayed, and what an evaluation holds, is as the policy chose it."""
+    first, copied = (gail.Environments("toys:ToyBox-v0", 2) for _ in range(2))
+    actions = np.full((2, 2), 0.6, np.float32)
+    first.step(actions)
+    copied.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert np.array_equal(copied.observations, first.observations) and (actions > 0.5).all()
+    args = gail.parse_args(REINFORCE.argv())
+    played = gail.play(lambda seen: np.full((len(seen), 2), 0.6, np.float32), args)
+    assert all((episode.actions > 0.5).all() for episode in played)
+
+
 def test_observations_are_standardised_and_a_constant_is_only_shifted():
     sample = torch.randn(500, 3) * torch.tensor([2.0, 1e-3, 0.0]) + torch.tensor([1.0, 0.0, 5.0])
     layer = gail.Standardise(3)
