@@ -10,8 +10,6 @@ fit into the new file (a features extractor, gSDE, another activation) is refuse
 What no zip says: whether the model was trained inside VecNormalize, and whether its class had a
 `predict` of its own. So some greedy episodes are played, and their mean return is printed beside
 that of random actions: is it what you expect?
-
-The zips of this repository's first version (weights and a short JSON file) are read as well.
 """
 
 import argparse
@@ -30,7 +28,6 @@ import numpy as np
 import torch
 
 MAX_BYTES = 2**28  # unpacked; 256 MB
-FIRST_VERSION = {"env_id", "algorithm", "versions", "command", "file"}
 BOX = r"<class 'gym(nasium)?\.spaces\.box\.Box'>"
 FLATTEN = "<class 'stable_baselines3.common.torch_layers.FlattenExtractor'>"
 ACTIVATIONS = {f"<class 'torch.nn.modules.activation.{x}'>": x.lower() for x in ("ReLU", "Tanh")}
@@ -116,7 +113,7 @@ def actor_layers(weights, policy, env):
     text = f"policy.pth has {[*theirs][:3]}, expected {[*ours][:3] or 'the layers of an MLP alone'}"
     check(found == expected, text)
     kinds = {weights[name].dtype for name in expected}
-    check(kinds <= {torch.float16, torch.float32}, f"{kinds}, expected float32 or float16")
+    check(kinds == {torch.float32}, f"{kinds}, expected float32")
     large = sum(weights[name].numel() for name in expected) > MAX_BYTES // 4
     finite = not large and all(weights[name].isfinite().all() for name in expected)
     check(finite, "weights that are NaN, infinite or too many, expected finite ones")
@@ -162,15 +159,8 @@ def convert(args, argv):
         for pkl in folder.glob("*vec*normalize*.pkl"):
             raise BadInput(f"{pkl} lies beside it, expected no VecNormalize (another's? Move it)")
     data, weights = read_zip(path)
-    if "env_id" in data and data.keys() <= FIRST_VERSION:
-        policy, activation, trained_on = "SAC", "relu", data["env_id"]  # TQC's actor is SAC's
-        source = {k: v for k, v in data.items() if k != "env_id"}
-        check(trained_on == task, f"an expert for {trained_on}, expected {task}")
-        unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-        check(unit, f"actions in [-1, 1], expected the task's {env.action_space}")
-    else:
-        policy, activation = read_settings(data, env)
-        source = {"algorithm": policy, "steps": data.get("num_timesteps")}
+    policy, activation = read_settings(data, env)
+    source = {"algorithm": policy, "steps": data.get("num_timesteps")}
     layers, sizes = actor_layers(weights, policy, env)
     settings = {"sizes": sizes, "activation": activation}
     settings |= {x: [float(y) for y in getattr(env.action_space, x)] for x in ("low", "high")}
@@ -202,8 +192,7 @@ def convert(args, argv):
         temporary.unlink(missing_ok=True)
     print(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
     print(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
-    if "policy_class" in data:
-        print("If that is too low: was it trained inside VecNormalize? No zip says that.")
+    print("If that is too low: was it trained inside VecNormalize? No zip says that.")
 
 
 def main(argv=None):
