@@ -12,7 +12,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5        shipped; with uv
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5    what it needs, by uv
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
@@ -24,8 +24,8 @@ TRPO; (2) a gradient penalty on D, which keeps the slope of its logits near 1; (
 per rollout, and step sizes of policy and critic that fall; (4) the entropy bonus, for Discrete
 actions alone, is a plain mean over states, not a discounted sum; (5) a mean of the
 policies' weights is kept, not the last policy; (6) reward forms other than `gail`, the paper's, and
-a reward for what follows a termination (--absorbing; D then learns from the last ten rollouts);
-(7) by default cloning's loss stands beside the policy's, and its weight falls from 1 to 0.02:
+a reward for what follows a termination, the absorbing state (--absorbing; D then learns from the
+last ten rollouts); (7) cloning's loss stands beside PPO's, with a weight that falls from 1 to 0.02:
 --bc-weight 0 is GAIL alone.
 """
 
@@ -79,11 +79,11 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"  # names files and folders
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
-END_SCALE = 0.3  # the absorbing state: the last observation acted on, standardised, times this
+END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in the average that is kept
-FINAL_SHARE = 0.02  # what --schedule leaves of policy's and critic's step sizes and --bc-weight
+BOX_POWER = 8  # of the average that is kept, for Box actions: DEVIATION (5)
+FINAL_SHARE = 0.02  # policy's and critic's step sizes and --bc-weight fall to this share of them
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
-    flag("--schedule", type=count, help="steps until step sizes are lowest; kept by --resume")
+    flag("--schedule", type=count, help="steps in which step sizes and --bc-weight fall")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
@@ -110,20 +110,20 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--target-kl", type=real, default=0.03, help="PPO's limit, for each number of an action")
+    flag("--target-kl", type=real, default=0.03, help="PPO's limit, times an action's size")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "after a termination: D's reward for ever, not 0; auto: if a demonstration terminates"
+    ends = "D's reward, not 0, for ever after a termination; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
     flag("--discriminator-updates", type=count, default=20, help="for each rollout")
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
-    # Defaults that depend on other flags: a flag that is given wins, or what --resume brings.
+    # Defaults that depend on other flags; what is given, or what --resume brings, replaces them.
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -159,15 +159,15 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or lie in the box scaled to [-1, 1]; to_env (which clips) and from_env convert them.
+    """A softmax over Discrete actions, counted from 0, or a Gaussian in units in which a Box is
+    [-1, 1]; samples may lie outside. to_env, which clips, and from_env convert actions.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these settings beside the weights; so the weights need not hold the box.
+        # policy.pt holds these beside the weights, which (persistent=False) need not hold the box.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -176,7 +176,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: LEAST_STD + exp
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.7
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -188,7 +188,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # torch refuses some views
+        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -229,8 +229,8 @@ class Discriminator(nn.Module):
         """What follows if an episode terminates after these pairs: their own observations (not what
         the step led to) made small, zeros for the action, the flag. (..., size of a pair) -> same
 
-        So D can tell a crash from a landing, but hardly one landing from another. With END_SCALE 1
-        it would know the expert's few ends by heart, and reward no others: policies avoid them."""
+        Small, so that D can tell a crash from a landing, but does not know the expert's few ends by
+        heart: it would pay for no others, and policies would not end at all."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -238,19 +238,18 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
-        `terminated` is 0, or 1 after a pair that ends an episode. The absorbing state lasts for
-        ever. Discounted, that is as long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps: so
-        many copies D sees (100 with gamma 0.99), and every other pair once. If --num-pairs thinned
-        the demonstrations, `terminated` is the share that was kept: fewer copies, at least one.
-        DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, the same everywhere."""
-        after, weights = self.absorbing_pairs(pairs[terminated > 0]), terminated[terminated > 0]
-        wanted = (weights / (1 - gamma)).round().clamp(min=1)  # copies; k counts them
-        return torch.cat([pairs, *(after[wanted > k] for k in range(round(1 / (1 - gamma))))])
+        `terminated` is 0, or 1 after a pair that ends an episode (if --num-pairs thinned the other
+        pairs: the share that was kept). The absorbing state lasts for ever. Discounted, that is as
+        long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps: so many copies D sees (100 with
+        gamma 0.99), times `terminated`. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, of
+        a state that is the same after every episode."""
+        copies = max(1, round(float(terminated.max()) / (1 - gamma)))
+        return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(deque):
-    """Pairs of the last rollouts; a part of a checkpoint. How many episodes end in one rollout is
-    chance: from it alone D would find ends rare or common, and pay for them much or little."""
+    """Pairs of the last rollouts; a checkpoint has them. One alone has few ends or many, by chance,
+    and D would pay much for them, or little."""
 
     def state_dict(self):
         return {"pairs": list(self)}
@@ -268,19 +267,18 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """DEVIATION (2): (|logit gradient| - 1)^2 between both kinds (Gulrajani et al. 2017, eq. 3).
-
-    By the mask, mixtures of an absorbing pair with an ordinary one count as 0: D may set these two
-    apart as sharply as it likes. -> ()"""
+    """DEVIATION (2): (|logit gradient| - 1)^2 between both kinds (Gulrajani et al. 2017, eq. 3)."""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    # D may set an absorbing pair and an ordinary one apart as sharply as it likes.
     mask = expert_pairs[:, -1] == policy_pairs[:, -1]
     return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...)."""
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...). What is
+    said of lengths holds without an absorbing state, where nothing is paid after an end."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -333,11 +331,9 @@ def move_average(average, policy, rate):
 
 
 class Environments:
-    """Environments side by side. Each is reset by itself as soon as its episode ends: every step is
-    a transition, where Gymnasium's vector environments spend one on each reset.
-
-    An episode is known by its seed and the actions since: replayed, they lead back to where it
-    was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
+    """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
+    environments they can be put back to where a checkpoint was: it has the seed of each episode and
+    the actions since, which are replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -347,7 +343,7 @@ class Environments:
         self.reset()
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes are cut at different lengths. 0, which begin() sets, means: never.
+        # So the first episodes, and only these, are cut at different lengths. 0: not at all.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -356,7 +352,8 @@ class Environments:
             self.begin(i)
 
     def begin(self, i, seed=None, actions=()):
-        """Begin a new episode, or the one with this seed, and replay these actions."""
+        """Begin a new episode, or the one with this seed, and replay these actions (a copy of each,
+        since a task may write to what it is given)."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
         self.cuts[i] = 0
@@ -389,10 +386,9 @@ class Environments:
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
         not forget at a reset what came before it."""
         missed = 0
-        parts = zip(state["seeds"], state["cuts"], state["actions"])
-        for i, (seed, cut, actions) in enumerate(parts):
-            self.begin(i, seed, actions.numpy())
-            self.cuts[i] = int(cut)
+        for i, seed in enumerate(state["seeds"]):
+            self.begin(i, seed, state["actions"][i].numpy())
+            self.cuts[i] = int(state["cuts"][i])
             if (self.observations[i] != state["observations"][i].numpy()).any():
                 self.begin(i)
                 missed += 1
@@ -435,6 +431,8 @@ def minibatch(size, *columns):
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
+    if args.control in ("constant-reward", "frozen-discriminator"):
+        return {}
     total = 0.0
     for _ in range(args.discriminator_updates):
         (expert,) = minibatch(args.discriminator_batch, expert_pairs)
@@ -450,15 +448,15 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    DEVIATION (1): clipping does not bound a policy's change: now and then one rollout takes it a
-    hundred times as far as the others. So after a pass that led it farther than --target-kl for
-    each number of an action (a Gaussian's KL adds up), the critic alone takes the rest.
+    DEVIATION (1): clipping does not bound a policy's change. So after a pass that took it farther
+    than --target-kl times an action's size (the KL of its numbers add up), the passes that remain
+    train the critic alone.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION (7): cloning's loss is added, with a weight that falls (Jena et al. 2020, whose weight
-    of GAIL's loss rises meanwhile). By GAIL alone a policy finds the expert's actions by chance; by
-    cloning alone it errs where the expert never was."""
-    # DEVIATION (4). A Gaussian's entropy has no upper end: a bonus drives actions out of the box.
+    DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
+    GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
+    expert never was."""
+    # DEVIATION (4). None for a Gaussian, whose entropy has no upper end: it would leave the box.
     entropy_weight = args.entropy * policy.discrete
 
     def cloning_loss():
@@ -481,10 +479,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
                 new = policy(observations[rows])
                 log_probs = new.log_prob(actions[rows])
                 policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
-                # The critic shares no weights with the policy: its loss needs no coefficient.
                 loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
                 loss = loss + cloning_loss()
-            descend(optimizer, loss)  # the critic's alone: the policy has no grad, Adam skips it
+            descend(optimizer, loss)  # if it is the critic's alone, Adam leaves the policy as it is
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
@@ -501,7 +498,7 @@ def diagnose(scalars, args, absorbing, terminating):
     """What to advise if the run is not solved, from the scalars at its last evaluation.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, -log(1 - D) is flat and low where the policy is."""
+    right about 99 of 100 pairs of both kinds, its rewards hardly differ where the policy is."""
     mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
     if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
@@ -513,19 +510,16 @@ def diagnose(scalars, args, absorbing, terminating):
 
 
 def train(args):
-    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed.
-
-    Run reads the demonstrations, seeds torch, and holds the count of the steps."""
-    run = Run(args)
-    # (pairs, ...) each; `ends`: 1 where an episode terminates (less with --num-pairs), else 0.
+    """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
+    run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
+    # Columns of Episode, (pairs, ...) each; `ends`: 1 where one terminates (--num-pairs: less).
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    critic = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)
-    critic = nn.Sequential(policy.standardise, *critic, nn.Flatten(-2))  # (..., n, 1) -> (..., n)
-    critic.to(args.device)
+    layers = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # Flatten: (..., 1) -> (...)
+    critic = nn.Sequential(policy.standardise, *layers, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -533,7 +527,7 @@ def train(args):
     envs = Environments(args.env_id, args.num_envs)
 
     if args.control == "shuffled-expert":
-        expert_actions = expert_actions[torch.randperm(len(expert_actions))]  # resumed: the same
+        expert_actions = expert_actions[torch.randperm(len(expert_actions))]  # by the seed
     expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
     terminating = bool(ends.any())  # does any demonstration terminate?
@@ -545,7 +539,7 @@ def train(args):
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
     parts["recent"] = recent = Recent(maxlen=RECENT)
-    run.start(**parts)  # what a checkpoint holds; --resume: loads them
+    run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATION (3)
@@ -553,8 +547,8 @@ def train(args):
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * share
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy, and no earlier
-        # one, leads to every state. The price: D sees only the first --num-steps of an episode.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, as no earlier policy may have chosen
+        # the states. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             envs.reset()
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -564,15 +558,11 @@ def train(args):
         if absorbing:
             terminated = batch["terminated"].flatten()
             longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
-            recent.append(longer.cpu())  # as a checkpoint holds it
+            recent.append(longer.cpu())  # where those of a checkpoint are
             policy_pairs = torch.cat(list(recent)).to(args.device)
 
         # 2. Train the discriminator.
-        losses = {}
-        if args.control not in ("constant-reward", "frozen-discriminator"):
-            losses = update_discriminator(
-                discriminator, d_optimizer, expert_pairs, policy_pairs, args
-            )
+        losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
         # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value, their
         # discounted sum, is then a weighted mean of what D pays, small enough for the critic; and
@@ -587,9 +577,8 @@ def train(args):
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
-            advantages = generalized_advantages(
-                rewards * (1 - args.gamma), values, next_values, done, args.gamma, args.gae_lambda
-            )
+            scaled, how = rewards * (1 - args.gamma), (args.gamma, args.gae_lambda)
+            advantages = generalized_advantages(scaled, values, next_values, done, *how)
             expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
@@ -599,8 +588,8 @@ def train(args):
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
         # DEVIATION (5): kept is an average of all policies so far, in which the k-th counts about
-        # k^power times (Shamir & Zhang 2013, section 4). A Gaussian, which has no entropy bonus,
-        # improves to the end: with a power of 8 the last tenth of them makes 60 %.
+        # k^power times (Shamir & Zhang 2013, section 4). A Gaussian improves to the end, so late
+        # ones count more: with a power of 8 the last tenth makes 60 %.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -612,11 +601,10 @@ def train(args):
             "discriminator/reward_mean": float(rewards.mean()),
             "discriminator/reward_std": float(rewards.std()),
         }
-        if ended:
-            scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
-            scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
+        for name, values in zip(("return", "length"), zip(*ended)):  # none if none ended
+            scalars[f"charts/episodic_{name}"] = float(np.mean(values))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    # run.curve: each evaluation's scalars. Empty if a run resumed with its budget spent has none.
+    # run.curve has each evaluation's scalars: none if it was stopped early and its budget lowered.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 

@@ -116,15 +116,15 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over a Box's. The policy's own actions count
-    from 0, or lie in the box scaled to [-1, 1]; to_env (which clips) and from_env convert them.
+    """A softmax over Discrete actions, counted from 0, or a Gaussian in units in which a Box is
+    [-1, 1]; samples may lie outside. to_env, which clips, and from_env convert actions.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these settings beside the weights; so the weights need not hold the box.
+        # policy.pt holds these beside the weights, which (persistent=False) need not hold the box.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -133,7 +133,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: LEAST_STD + exp
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.7
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -145,7 +145,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # torch refuses some views
+        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 

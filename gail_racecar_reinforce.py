@@ -240,7 +240,8 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...)."""
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...). What is
+    said of lengths holds without an absorbing state, where nothing is paid after an end."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -274,11 +275,9 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side. Each is reset by itself as soon as its episode ends: every step is
-    a transition, where Gymnasium's vector environments spend one on each reset.
-
-    An episode is known by its seed and the actions since: replayed, they lead back to where it
-    was. So a checkpoint stores just these. Training's seeds lie below EVALUATION_SEEDS."""
+    """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
+    environments they can be put back to where a checkpoint was: it has the seed of each episode and
+    the actions since, which are replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -367,6 +366,8 @@ def minibatch(size, *columns):
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
+    if args.control in ("constant-reward", "frozen-discriminator"):
+        return {}
     total = 0.0
     for _ in range(args.discriminator_updates):
         (expert,) = minibatch(args.discriminator_batch, expert_pairs)
@@ -469,11 +470,7 @@ def train(args):
             policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
 
         # 2. Train the discriminator.
-        losses = {}
-        if args.control not in ("constant-reward", "frozen-discriminator"):
-            losses = update_discriminator(
-                discriminator, d_optimizer, expert_pairs, policy_pairs, args
-            )
+        losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
@@ -486,12 +483,9 @@ def train(args):
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
-            advantages = generalized_advantages(
-                rewards, values, next_values, done, args.gamma, args.gae_lambda
-            )
-        # An advantage is how much more followed than the critic's value: the sum of both is an
-        # estimate of what followed, and so what the critic should learn.
-        returns = advantages + values
+            how = args.gamma, args.gae_lambda
+            advantages = generalized_advantages(rewards, values, next_values, done, *how)
+        returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Follow the policy gradient of the advantages.
         columns = (batch["observations"], batch["actions"], advantages, returns)
@@ -506,9 +500,8 @@ def train(args):
             "discriminator/reward_mean": float(rewards.mean()),
             "discriminator/reward_std": float(rewards.std()),
         }
-        if ended:
-            scalars["charts/episodic_return"] = float(np.mean([value for value, _ in ended]))
-            scalars["charts/episodic_length"] = float(np.mean([length for _, length in ended]))
+        for name, values in zip(("return", "length"), zip(*ended)):  # none if none ended
+            scalars[f"charts/episodic_{name}"] = float(np.mean(values))
         run.record(scalars, average.module)
     return run.finish(average.module, diagnose(run.curve[-1]) if run.curve else "")
 

@@ -75,7 +75,7 @@ FAULTS = {  # name: the text, and what takes its place
     "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),
     "no limit to a policy's change": ("and kl <= target_kl", ""),
     "all episodes begin at once": ("== self.cuts[i]", "== -1"),
-    "one pair for each end": ("for k in range(round(1 / (1 - gamma)))", "for k in range(1)"),
+    "one pair for each end": ("max(1, round(float(terminated.max()) / (1 - gamma)))", "1"),
     "the average's weights": ("(power + 1) / (", "power / ("),
     "the last policy is evaluated": (
         "run.record(scalars, average)",
