@@ -168,7 +168,7 @@ def memory(script):
 
     def update(discriminator, optimizer, expert_pairs, policy_pairs, args):
         remembered.append(policy_pairs[torch.randperm(len(policy_pairs))[:64]])
-        earlier = script.minibatch(torch.cat(remembered), len(policy_pairs))
+        (earlier,) = script.minibatch(len(policy_pairs), torch.cat(remembered))
         both = torch.cat([policy_pairs, earlier])
         return update_discriminator(discriminator, optimizer, expert_pairs, both, args)
 

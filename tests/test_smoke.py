@@ -15,7 +15,8 @@ SUMMARY = {"script", "args", "versions", "steps", "wall_seconds", "setup_seconds
 SUMMARY |= {"random", "expert", "learner", "solved_at_steps", "solved_at_seconds", "verdict"}
 TAG = r"((?:charts|losses|discriminator|eval|accuracy)/\w+)"
 SOME = {"eval/success_rate", "losses/critics", "eval/length_mean", "eval/episodes"}
-TASKS = ["Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "InvertedPendulum-v5"]
+TASKS = ["Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLanderContinuous-v3"]
+TASKS += ["LunarLander-v3", "InvertedPendulum-v5"]
 
 
 @pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)
