@@ -4,20 +4,20 @@ The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/n
     repeat  draw a minibatch of the expert's (state, action) pairs
             take a step on -log pi(action | state)
 No environment is stepped. Nothing teaches the policy what to do in states the expert never visited:
-its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). So its loss on
-held-out pairs, all from states the expert did visit, can be low even though the pole falls.
+its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). The loss on pairs
+that were set aside does not show this: their states, too, are the expert's. What is kept is an
+average of the weights, from when its loss on a fifth of the pairs, not learnt from, was least.
 
     python bc_cartpole.py --total-steps 500         a look around: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python bc_cartpole.py --env-id Pendulum-v1      another task whose demonstrations are shipped
-    python bc_cartpole.py --env-id Hopper-v5 --demos hopper.npz --num-demos 4     a task of yours
+    python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     a task of yours, in mine.py
+    uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5     what it needs, by uv
 
-Any task with a flat Box of observations and Discrete actions or a bounded Box of them. With uv:
-`uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5 --demos hopper.npz`.
-
-On CartPole expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from
-30 pairs (--num-pairs 30), after some seconds of training; the table is in docs/bc_cartpole.md.
+Any task with a flat Box of observations and Discrete actions or a bounded Box of them. On CartPole
+expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from 30 pairs
+(--num-pairs 30), after some seconds of training; the table is in docs/bc_cartpole.md.
 """
 
 # /// script
@@ -62,13 +62,12 @@ from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "bc_cartpole"
-LEAST_STD = 0.1  # of a Gaussian: with less, single pairs would weigh too much
-SATURATED = 0.99  # of the way to an end of a Box: actions beyond it count as there, 2.6 before tanh
+LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
+SATURATED = 0.99  # Box actions, scaled to [-1, 1], are clipped to it: atanh(0.99) is 2.6
 LOG_EVERY = 100  # updates
 AVERAGED = 1_000  # updates: how far the average of the weights reaches back, about
 
@@ -78,7 +77,7 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-steps", type=number(int, 1), default=8_000, help="updates of the policy, in all")
-    flag("--batch-size", type=number(int, 1), default=64, help="pairs in one, with replacement")
+    flag("--batch-size", type=number(int, 1), default=64, help="pairs in an update, drawn anew")
     flag("--learning-rate", type=number(float, 0), default=3e-3, help="step size of Adam")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
 
@@ -113,18 +112,18 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, or a Gaussian over what tanh squashes into a Box's. The
-    policy's own actions count from 0, or are not squashed yet; to_env and from_env convert them.
+    """A softmax over Discrete actions, counted from 0, or a Gaussian over what tanh squashes into a
+    Box. to_env and from_env convert actions.
 
-    Experts like SAC's add their noise before tanh. The mean of what comes out is nearer to 0 than
-    what they would do without noise: its clone is too timid (docs/studies/cloning.md).
+    Why tanh: experts like SAC's add their noise before it. A clone of the mean of what comes out is
+    too timid: it is nearer to 0 than their action without noise (docs/studies/cloning.md).
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these settings beside the weights; so the weights need not hold the box.
+        # policy.pt holds these beside the weights, which (persistent=False) need not hold the box.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -133,8 +132,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            before_tanh = torch.full((outputs,), -0.5)  # std: LEAST_STD + exp
-            self.log_std_before_tanh = nn.Parameter(before_tanh)
+            self.log_std_before_tanh = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.7
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -146,7 +144,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # torch refuses some views
+        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -180,50 +178,49 @@ def descend(optimizer, loss):
 
 @torch.no_grad()
 def move_average(average, policy, rate):
-    """Move the averaged policy's parameters towards the policy's, by this share of the way."""
+    """Move the averaged policy's parameters by `rate` of the way to the policy's."""
     for mean, parameter in zip(average.parameters(), policy.parameters()):
         mean += rate * (parameter - mean)
 
 
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
-    run = Run(args)
-    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)
-    observations, actions, *_ = tensors(run.episodes, args.device)
+    run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
+    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
+    observations, actions, *_ = tensors(run.episodes, args.device)  # (pairs, ...) each
     actions = policy.from_env(actions)
     policy.standardise.measure(observations)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
     # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
-    best = AveragedModel(policy, avg_fn=lambda best, new, number: new)  # so far, on `checked` pairs
+    best = nn.Sequential(copy.deepcopy(policy))  # the average whose loss on `checked` was least
     best.register_buffer("loss", torch.tensor(math.inf))
     fifth, rows = len(actions) // 5, torch.randperm(len(actions))
-    checked, learnt = rows[: max(fifth, 1)], rows[fifth:]
+    checked, learnt = rows[: max(fifth, 1)], rows[fifth:]  # of one to four pairs one is in both
     run.start(policy=policy, average=average, best=best, optimizer=optimizer)
 
     while run.steps < args.total_steps:
-        until_logged = LOG_EVERY - run.steps % LOG_EVERY
-        for _ in range(min(until_logged, args.total_steps - run.steps)):
-            rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
-            loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
-            descend(optimizer, loss)
-            run.steps += 1
-            move_average(average, policy, 1 / min(run.steps, AVERAGED))
+        rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
+        loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
+        descend(optimizer, loss)
+        run.steps += 1
+        move_average(average, policy, 1 / min(run.steps, AVERAGED))
 
-        scalars = {"losses/policy": float(loss.detach())}
-        with torch.no_grad():
-            loss = behavioural_cloning_loss(average, observations[checked], actions[checked])
-            scalars["losses/checked"] = float(loss)
-            if loss < best.loss:
-                best.update_parameters(average)
-                best.loss.copy_(loss)
-            if run.held_out:
-                seen, taken, *_ = tensors(run.held_out, args.device)
-                loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
-                scalars["losses/held_out"] = float(loss)
-        run.record(scalars, best.module)
-    return run.finish(best.module)
+        if run.steps % LOG_EVERY == 0 or run.steps == args.total_steps:
+            scalars = {"losses/policy": float(loss.detach())}
+            with torch.no_grad():
+                loss = behavioural_cloning_loss(average, observations[checked], actions[checked])
+                scalars["losses/checked"] = float(loss)
+                if loss < best.loss:
+                    best[0].load_state_dict(average.state_dict())
+                    best.loss.copy_(loss)
+                if run.held_out:  # the last policy's, for the log
+                    seen, taken, *_ = tensors(run.held_out, args.device)
+                    loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
+                    scalars["losses/held_out"] = float(loss)
+            run.record(scalars, best[0])
+    return run.finish(best[0])
 
 
 # ==================================================================================================

@@ -277,8 +277,8 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...). What is
-    said of lengths holds without an absorbing state, where nothing is paid after an end."""
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
+    (What favours a length does so without absorbing states: after an end nothing is paid.)"""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -322,7 +322,7 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 @torch.no_grad()
 def move_average(average, policy, rate):
-    """Move the averaged policy's parameters towards the policy's, by this share of the way."""
+    """Move the averaged policy's parameters by `rate` of the way to the policy's."""
     for mean, parameter in zip(average.parameters(), policy.parameters()):
         mean += rate * (parameter - mean)
 
@@ -499,7 +499,7 @@ def diagnose(scalars, args, absorbing, terminating):
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
     right about 99 of 100 pairs of both kinds, its rewards hardly differ where the policy is."""
-    mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
+    mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
     if std < 0.1 * abs(mean):
@@ -601,8 +601,8 @@ def train(args):
             "discriminator/reward_mean": float(rewards.mean()),
             "discriminator/reward_std": float(rewards.std()),
         }
-        for name, values in zip(("return", "length"), zip(*ended)):  # none if none ended
-            scalars[f"charts/episodic_{name}"] = float(np.mean(values))
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
+            scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
     # run.curve has each evaluation's scalars: none if it was stopped early and its budget lowered.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""

@@ -16,11 +16,11 @@ reach the finish; docs/gail_racecar_ppo.md has the results, and the reasons for 
 
 Deviations from the paper: (1) PPO in place of TRPO; (2) a gradient penalty on D, in fixed units,
 and forty D updates per rollout; (3) two absorbing states, one after the finish and one after a
-wall: what follows an end is imitated too, so that a crash does more than stop the reward. For this,
-the script is told where the finish lies, and thus which ends are good; (4) a standard deviation of
-the actions that falls on a schedule, in place of an entropy bonus; (5) a moving average of the
-policies is evaluated and kept; (6) a choice of reward forms, of which `gail` is the paper's; (7)
-cloning's loss beside PPO's: --bc-weight 0 leaves it out.
+wall, which D judges as well: so a crash costs more than the rewards that it cuts off. For this,
+the script is told where the finish lies; (4) a standard deviation of the actions that falls on a
+schedule, in place of an entropy bonus; (5) a moving average of the policies is evaluated and kept;
+(6) a choice of reward forms, of which `gail` is the paper's; (7) cloning's loss beside PPO's:
+--bc-weight 0 leaves it out.
 """
 
 # /// script
@@ -72,52 +72,53 @@ from tqdm import tqdm
 
 from racecar_env import FINISH, FINISH_RADIUS
 
+# The harness, below, has number, check, Failed, EVALUATION_SEEDS, tensors and Run.
+
 SCRIPT = "gail_racecar_ppo"
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 iterations
-METRE = 0.5  # one metre of position as the networks see it; much less blurs the corners
-# D's units: the gradient penalty lets a difference of one unit change the logit by about 1.
-UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]  # see make_pairs
+METRE = 0.5  # what the networks see of one metre; with much less, corners blur
+# D's units of what make_pairs lists: place, velocity, sine and cosine, steering angles and rates,
+# action, flag. The gradient penalty lets one unit change the logit by about 1.
+UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
+# constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
+# expert's actions change places, for cloning as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags.
-
-    In the harness: number, check, tensors, EVALUATION_SEEDS, say, and Run."""
+    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
+    count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
-    flag("--total-steps", type=number(int, 1), default=300_000, help="environment steps, in all")
-    schedule = "steps until the deviation, policy's and D's step sizes are low; None: the budget"
-    flag("--schedule", type=number(int, 1), help=schedule)
+    flag("--total-steps", type=count, default=300_000, help="environment steps, in all")
+    flag("--schedule", type=count, help="steps in which the deviation and two step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=256, help="steps of each in a rollout")
-    flag("--policy-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
-    flag("--critic-lr", type=number(float, 0), default=1e-3, help="the same for the critic")
+    flag("--num-steps", type=number(int, 3), default=256, help="of each environment, in a rollout")
+    flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at first")
+    flag("--critic-lr", type=real, default=1e-3, help="the critic's, which does not fall")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.98, help="discount factor")
-    lambdas = "1: sum the rewards to the rollout's end; less: trust the critic sooner"
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help=lambdas)
-    flag("--epochs", type=number(int, 1), default=10, help="passes over each rollout")
-    flag("--minibatch-size", type=number(int, 1), default=256, help="pairs in one step")
-    flag("--clip", type=number(float, 0), default=0.2, help="how far PPO lets the ratio go from 1")
-    cloning = "weight of cloning's loss beside PPO's; 0: pure GAIL"
-    flag("--bc-weight", type=number(float, 0), default=1.0, help=cloning)
+    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
+    flag("--epochs", type=count, default=10, help="passes over each rollout")
+    flag("--minibatch-size", type=count, default=256, help="pairs in one update")
+    flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
+    flag("--bc-weight", type=real, default=1.0, help="of cloning's loss beside PPO's; 0: none")
     flag("--bc-updates", type=number(int, 0), default=0, help="steps of cloning alone, at first")
     flag = parser.add_argument_group("discriminator").add_argument
-    forms = "-log(1-D), which also works without absorbing states; log D - log(1-D); or log D"
+    forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     ends = "let D judge what follows an end, at a wall or the finish, in place of value 0"
     flag("--absorbing", choices=("yes", "no"), default="yes", help=ends)
-    flag("--discriminator-updates", type=number(int, 1), default=40, help="for each rollout")
-    flag("--discriminator-batch", type=number(int, 1), default=256, help="pairs of each kind")
-    flag("--discriminator-lr", type=number(float, 0), default=1e-3, help="Adam's first step size")
-    flag("--gradient-penalty", type=number(float, 0), default=0.5, help="its weight; 0: none")
-    controls = "take what the expert teaches out of the reward; cloning stays: add --bc-weight 0"
-    flag("--control", choices=CONTROLS, default="none", help=controls)
+    flag("--discriminator-updates", type=count, default=40, help="for each rollout")
+    flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
+    flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at first")
+    flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
+    flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
+    # The default is the budget; what is given, or what --resume brings, takes its place.
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -144,22 +145,20 @@ def mlp(*sizes):
 def spread(layer, inputs):
     """Choose a first layer's biases so that each tanh is centred on one of the inputs: (rows, in).
 
-    PyTorch's own centre them all near the track's origin; far from there, D would be flat."""
+    PyTorch's own centre them all near the track's origin; far from there, a network is flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
 
 class Policy(nn.Module):
-    """A Gaussian over steering and throttle, both scaled to [-1, 1].
-
-    Observations (..., 9) -> a distribution over (..., 2). So a new policy, with means near 0,
-    drives straight at half throttle and explores around it."""
+    """Observations (..., 9) -> a Gaussian over steering and throttle, (..., 2), both scaled to
+    [-1, 1]. So a new policy, with means near 0, drives straight at half throttle and explores."""
 
     def __init__(self, hidden):
         super().__init__()
-        self.settings = {"hidden": hidden}
+        self.settings = {"hidden": hidden}  # policy.pt holds these beside the weights
         self.network = nn.Sequential(Features(), *mlp(10, hidden, hidden, 2))
-        self.register_buffer("std", torch.tensor(STD))
+        self.register_buffer("std", torch.tensor(STD))  # not learnt: train lowers it
         self.register_buffer("low", torch.tensor(LOW), persistent=False)
         self.register_buffer("high", torch.tensor(HIGH), persistent=False)
 
@@ -170,8 +169,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """The environment's actions, greedy or sampled; NumPy: (n, 9), real -> (n, 2)."""
-        observations = np.array(observations, np.float32, order="C")
+        """Actions for the environment, greedy or sampled; NumPy: (n, 9) -> (n, 2)"""
+        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
         distribution = self(torch.from_numpy(observations).to(self.std.device))
         return self.to_env(distribution.sample() if sample else distribution.mean)
 
@@ -203,10 +202,10 @@ class Discriminator(nn.Module):
         return torch.cat([self.features(observations), actions, flag], -1) / self.units
 
     def absorbing_pairs(self, finished):
-        """What follows an end for ever, at the finish or at a wall: (...) bool -> (..., 13).
+        """What follows an end for ever: zeros and a flag, finish 1, wall -1: (...) -> (..., 13).
 
-        DEVIATION: DAC (Kostrikov et al. 2019) has one absorbing state. The expert's laps end too,
-        so with only one, crashing would look like finishing."""
+        DEVIATION (3): DAC (Kostrikov et al. 2019) has one absorbing state. The expert's laps end,
+        too, so with only one, crashing would look like finishing."""
         flag = torch.where(finished, 1.0, -1.0)[..., None]
         return F.pad(flag, (12, 0)) / self.units
 
@@ -244,8 +243,8 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...). What is
-    said of lengths holds without an absorbing state, where nothing is paid after an end."""
+    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
+    (What favours a length does so without absorbing states: after an end nothing is paid.)"""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -289,14 +288,11 @@ class Environments:
         shape = self.envs[0].observation_space.shape
         self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
         self.seeds, self.actions = [None] * num_envs, [None] * num_envs
-        self.reset()
-
-    def reset(self):
-        for i in range(len(self.envs)):
+        for i in range(num_envs):
             self.begin(i)
 
     def begin(self, i, seed=None, actions=()):
-        """A new episode; or the one of this seed, replayed to the last of these actions."""
+        """Begin a new episode, or the one with this seed, and replay these actions."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
@@ -305,8 +301,8 @@ class Environments:
             self.returns[i] += reward
 
     def step(self, actions):
-        """(num_envs, ...) each: the observations that the steps lead to (of an ended episode its
-        last), terminated, truncated. And for the log: the ended episodes' (return, length)."""
+        """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
+        last), terminated, truncated; for the log, the ended episodes' (return, length)."""
         after, ended = np.empty_like(self.observations), []
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
@@ -320,20 +316,11 @@ class Environments:
 
     def state_dict(self):
         actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
-        observations = torch.tensor(self.observations)
-        return {"seeds": self.seeds, "actions": actions, "observations": observations}
+        return {"seeds": self.seeds, "actions": actions}
 
     def load_state_dict(self, state):
-        """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
-        not forget at a reset what came before it."""
-        missed = 0
         for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
-            self.begin(i, seed, actions.numpy())
-            if (self.observations[i] != state["observations"][i].numpy()).any():
-                self.begin(i)
-                missed += 1
-        if missed:
-            say(f"{missed} episodes cannot be replayed in this task: new ones begin")
+            self.begin(i, seed, actions.numpy())  # the race car's replay is exact
 
 
 @torch.no_grad()
@@ -384,29 +371,26 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
-def update_policy(policy, critic, optimizer, batch, expert, args):
+def update_policy(policy, critic, optimizer, columns, expert, args):
     """Step 4: PPO on minibatches of the rollout; returns what to log.
 
-    `batch`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION: beside this loss stands cloning's, as in Jena et al. 2020, where the weights of both
-    change. By GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs
-    where the expert never was."""
-
-    def cloning_loss():
-        if not args.bc_weight:
-            return 0.0
-        return args.bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
-
-    observations, actions, advantages, returns = batch
+    `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
+    DEVIATION (7): cloning's loss is added (as in Jena et al. 2020, whose weights change). By GAIL
+    alone a policy finds the expert's actions by chance; by cloning alone it errs where the expert
+    never was."""
+    observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    with torch.no_grad():
-        old_log_probs = policy(observations).log_prob(actions)
+    old_log_probs = policy(observations).log_prob(actions).detach()
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             log_probs = policy(observations[rows]).log_prob(actions[rows])
             policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
             value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            descend(optimizer, policy_loss + value_loss + cloning_loss())
+            loss = policy_loss + value_loss
+            if args.bc_weight:
+                pairs = minibatch(CLONING_BATCH, *expert)
+                loss = loss + args.bc_weight * behavioural_cloning_loss(policy, *pairs)
+            descend(optimizer, loss)
     with torch.no_grad():
         new = policy(observations)
         log_ratio = new.log_prob(actions) - old_log_probs
@@ -419,11 +403,11 @@ def update_policy(policy, critic, optimizer, batch, expert, args):
 
 
 def diagnose(scalars):
-    """What the last logged scalars warn of, for the verdict of a run that is not solved.
+    """What to advise if the run is not solved, from the scalars at its last evaluation.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, it has a cliff and no slope where the policy is."""
-    mean, std = (scalars[f"discriminator/reward_{name}"] for name in ("mean", "std"))
+    right about 99 of 100 pairs of both kinds, its rewards hardly differ where the policy is."""
+    mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
@@ -435,17 +419,17 @@ def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     known = args.env_id.split(":")[-1] == "RaceCar-v0"
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
-    run = Run(args)
-    observations, actions, _, ends, _ = tensors(run.episodes, args.device)
+    run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
+    observations, actions, _, terminated, _ = tensors(run.episodes, args.device)  # (pairs, ...)
     policy = Policy(args.hidden).to(args.device)
     actions = policy.from_env(actions)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    critic = nn.Sequential(Features(), *mlp(10, args.hidden, args.hidden, 1), nn.Flatten(-2))
-    critic = critic.to(args.device)
+    layers = mlp(10, args.hidden, args.hidden, 1)  # Flatten: (..., 1) -> (...)
+    critic = nn.Sequential(Features(), *layers, nn.Flatten(-2)).to(args.device)
     discriminator = Discriminator(args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
-    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # for cloning; GAIL sets the policy's
+    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # 1e-3 is for --bc-updates
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs = Environments(args.env_id, args.num_envs)
 
@@ -456,24 +440,23 @@ def train(args):
     for network in (critic, policy.network):
         spread(network[1], network[0](observations))
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
-    if absorbing:  # the expert's laps are assumed to end at the finish
+    if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = int(ends.sum())
-        finished = torch.ones(laps, dtype=torch.bool, device=args.device)
+        finished = terminated[terminated > 0].bool()  # such laps are taken to end at the finish
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
 
-    networks = {"policy": policy, "average": average, "critic": critic}
-    networks |= {"discriminator": discriminator, "envs": envs}
-    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)
+    parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
+    parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
+    run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
     expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
         descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert)))
 
     while run.steps < args.total_steps:
-        left = max(1 - run.steps / args.schedule, FINAL_LR)
-        optimizer.param_groups[0]["lr"] = args.policy_lr * left
-        d_optimizer.param_groups[0]["lr"] = args.discriminator_lr * left
-        policy.std.fill_(max(STD * left, FINAL_STD))
+        share = max(1 - run.steps / args.schedule, FINAL_LR)
+        optimizer.param_groups[0]["lr"] = args.policy_lr * share
+        d_optimizer.param_groups[0]["lr"] = args.discriminator_lr * share
+        policy.std.fill_(max(STD * share, FINAL_STD))
 
         # 1. Roll out the policy.
         batch, ended = rollout(envs, policy, args.num_steps, args.device)
@@ -482,7 +465,7 @@ def train(args):
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, 13)
         finished = at_finish(batch["next_observations"])  # (num_steps, num_envs)
         if absorbing:
-            ends = finished[batch["terminated"]]
+            ends = finished[batch["terminated"]]  # (ends,): is it at the finish?
             policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
 
         # 2. Train the discriminator.
@@ -490,17 +473,18 @@ def train(args):
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
-            logits, expert_logits = map(discriminator, (pairs, expert_pairs[: len(actions)]))
+            logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
-            after = discriminator(discriminator.absorbing_pairs(finished))
-            end_values = absorbing * imitation_reward(after, args.reward) / (1 - args.gamma)
+            end_logits = discriminator(discriminator.absorbing_pairs(finished))
+            end_values = absorbing * imitation_reward(end_logits, args.reward) / (1 - args.gamma)
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
             how = args.gamma, args.gae_lambda
             advantages = generalized_advantages(rewards, values, next_values, done, *how)
+            expert_logits = discriminator(expert_pairs[: len(actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take PPO's steps on the advantages.
@@ -516,8 +500,8 @@ def train(args):
             "discriminator/reward_mean": float(rewards.mean()),
             "discriminator/reward_std": float(rewards.std()),
         }
-        for name, values in zip(("return", "length"), zip(*ended)):  # none if none ended
-            scalars[f"charts/episodic_{name}"] = float(np.mean(values))
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
+            scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average.module)
     return run.finish(average.module, diagnose(run.curve[-1]) if run.curve else "")
 

@@ -82,7 +82,7 @@ FAULTS = {  # name: the text, and what takes its place
         "run.record(scalars, policy)",
     ),
     "cloning keeps the last policy": (
-        "run.record(scalars, best.module)",
+        "run.record(scalars, best[0])",
         "run.record(scalars, policy)",
     ),
     "cloning's loss is left out": (

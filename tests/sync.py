@@ -89,8 +89,8 @@ def copy_from(model, text, same_task=True, same_harness=True):
 
 
 def task_of(script):
-    if script.startswith("bc_"):
-        return "cloning"  # its policy squashes actions
+    if script in ("bc_cartpole.py", "gail_offline_cartpole.py"):
+        return script  # one squashes actions, the other has none but Discrete ones
     return script.removesuffix(".py").split("_")[-1 if "cartpole" in script else 1]
 
 
