@@ -67,9 +67,8 @@ FAULTS = {  # name: the text, and what takes its place
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
-        "after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)\n",
-        "after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action)\n"
-        "            after[i] += 0 * reward\n",
+        "            self.actions[i].append(action)\n",
+        "            after[i] += 0 * reward\n            self.actions[i].append(action)\n",
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),
