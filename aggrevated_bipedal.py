@@ -166,8 +166,7 @@ class Policy(Standardised):
         return self.to_env(self.sample(seen) if sample else self.greedy(seen))
 
     def to_env(self, actions):
-        """From [-1, 1] to the environment's box, as NumPy: (..., size) both. Raises Failed on NaN,
-        with which Box2D would end the whole process."""
+        """From [-1, 1] to the box, as NumPy. Raises Failed on NaN: Box2D would end the process."""
         if not actions.isfinite().all():
             raise Failed("an action is NaN or infinite: the policy has diverged")
         return torch.lerp(self.low, self.high, (actions + 1) / 2).cpu().numpy()
@@ -223,9 +222,8 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
 def roll_in(policy, expert, alpha, args):
     """--num-envs trajectories, one after the other: a dict of (steps, ...).
 
-    Each is started by the expert (with probability alpha) or the learner, with noise on the
-    actions; from a random step on, below --switch, the expert walks alone. DAgger: without noise
-    and takeover."""
+    Each is begun by the expert (with probability alpha) or the learner, with noise; from a random
+    step on, below --switch, the expert walks alone. DAgger: without noise and takeover."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
     dagger, frames = args.algorithm == "dagger", []
     for seed in range(first, first + args.num_envs):
@@ -291,8 +289,8 @@ def refit(critics, target, optimizer, transitions, args):
 
 def improve(policy, critics, optimizer, transitions, weight, args):
     """Step 3, on the states of all trajectories so far; returns the mean loss."""
-    critics.requires_grad_(False)  # saves computing their gradients
     total = 0.0
+    critics.requires_grad_(False)  # saves computing their gradients
     for update in range(args.policy_updates):
         optimizer.param_groups[0]["lr"] = POLICY_LR * (1 - update / args.policy_updates)
         batch = transitions.sample(BATCH, args.device)
@@ -312,8 +310,8 @@ def train(args):
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
     best = copy.deepcopy(policy.to(args.device))
     critics = Critics([inputs + len(low), args.critic_hidden, args.critic_hidden, 1])
-    average = get_ema_multi_avg_fn(TARGET_DECAY)
-    target = AveragedModel(critics.to(args.device), multi_avg_fn=average)
+    critics.to(args.device)
+    target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(TARGET_DECAY))
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), POLICY_LR, fused=True)
     c_optimizer = torch.optim.Adam(critics.parameters(), CRITIC_LR, fused=True)
@@ -360,7 +358,7 @@ SOLVED = 0.95  # is a task at this share of the way from random to the expert
 MAY_CHANGE = "total_steps expert resume eval_every eval_episodes capture_video device no_progress"
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """Something that the user can fix: one line on stderr, exit status 2."""
 
 
@@ -393,9 +391,8 @@ def number(kind, low, high=10**9):
     """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise ValueError
+        check(low <= kind(text) <= high, text)
+        return kind(text)
 
     parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
     return parse
@@ -417,8 +414,7 @@ def parse_args(argv=None):
     many = "a fifth of the greedy episodes at the end, by the expert as well"
     flag("--eval-episodes", type=number(int, 2, 500), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
+    flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
     flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
@@ -429,10 +425,11 @@ def parse_args(argv=None):
             saved = load(path, "parts")["args"]
             parser.set_defaults(**saved)
             args = parser.parse_args(argv)
-            free = MAY_CHANGE.split()
-            fixed = [x for x in saved if x not in free and getattr(args, x) != saved[x]]
-            check(not fixed, f"{', '.join(fixed)} cannot be changed")
-            check(args.device in devices, f"its device was {args.device}; here: --device cpu")
+            changed = {name for name in saved if getattr(args, name) != saved[name]}
+            changed -= set(MAY_CHANGE.split())
+            check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
+    here = args.device == "cpu" or torch.cuda.is_available()
+    check(here, f"--device {args.device}: not on this machine, expected --device cpu")
     return args
 
 
@@ -479,13 +476,13 @@ def load_policy(path):
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
     with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
-        seen, taken = env.observation_space, env.action_space
-        flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
-        check(flat, f"observations {seen}, expected a flat Box of floats")
+        seen, taken = spaces = env.observation_space, env.action_space
+        flat = [isinstance(x, Box) and len(x.shape) == 1 and x.dtype.kind == "f" for x in spaces]
+        check(flat[0], f"observations {seen}, expected a flat Box of floats")
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            fits = isinstance(taken, Box) and len(taken.shape) == 1 and taken.dtype.kind == "f"
+            fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
             fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
@@ -553,8 +550,8 @@ def judge(curve, random, expert, learner):
         best = max(curve, key=lambda point: point["return_mean"])
         at = next((point for point in curve if point["return_mean"] >= goal), best)
         verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
-    solved = {"solved_at_steps": at.get("steps"), "solved_at_seconds": at.get("wall_seconds")}
-    return {**solved, "verdict": verdict}
+    found = {"solved_at_steps": at.get("steps"), "solved_at_seconds": at.get("wall_seconds")}
+    return {"solved_from": goal, **found, "verdict": verdict}
 
 
 def draw(summary, path):
@@ -566,8 +563,9 @@ def draw(summary, path):
         axes = figure.subplots()
         steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
         axes.plot(steps, returns, "o-", label="learner")
-        for name, style in (("expert", "--"), ("random", ":")):
-            axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
+        for name, style in (("expert", "--"), ("random", ":"), ("solved", "-.")):
+            y = summary["solved_from"] if name == "solved" else summary[name]["return_mean"]
+            axes.axhline(y, color="gray", ls=style, label=name)
         axes.set(xlabel="steps", ylabel="mean return", title=summary["args"]["env_id"])
         axes.legend()
         write(path, figure)
@@ -581,7 +579,7 @@ class Run:
     stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
     def __init__(self, args):
-        self.args, self.clock, Run.active, Run.stopped_by = args, time.perf_counter(), None, None
+        self.args, self.clock = args, time.perf_counter()
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
@@ -642,6 +640,7 @@ class Run:
 
     def save(self):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
         write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
@@ -735,9 +734,11 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
+    Run.active = Run.stopped_by = None
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for known in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(known) != signal.SIG_IGN:  # as in a script's background job
+                signal.signal(known, stop)
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite

@@ -59,6 +59,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import parse_env_id
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
@@ -227,7 +228,7 @@ HELD_OUT = 20  # a file's last episodes: never trained on, for the occupancy dis
 MAY_CHANGE = "total_steps demos resume eval_every eval_episodes capture_video device no_progress"
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """Something that the user can fix: one line on stderr, exit status 2."""
 
 
@@ -260,9 +261,8 @@ def number(kind, low, high=10**9):
     """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise ValueError
+        check(low <= kind(text) <= high, text)
+        return kind(text)
 
     parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
     return parse
@@ -286,8 +286,7 @@ def parse_args(argv=None):
     flag("--eval-every", type=number(int, 1), help="steps; None: ten times in a run, if cheap")
     flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help="five times as many last")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    flag("--device", choices=devices, default="cpu", help="where the networks are; cpu is fast")
+    flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
     flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
@@ -298,10 +297,11 @@ def parse_args(argv=None):
             saved = load(path, "parts")["args"]
             parser.set_defaults(**saved)
             args = parser.parse_args(argv)
-            free = MAY_CHANGE.split()
-            fixed = [x for x in saved if x not in free and getattr(args, x) != saved[x]]
-            check(not fixed, f"{', '.join(fixed)} cannot be changed")
-            check(args.device in devices, f"its device was {args.device}; here: --device cpu")
+            changed = {name for name in saved if getattr(args, name) != saved[name]}
+            changed -= set(MAY_CHANGE.split())
+            check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
+    here = args.device == "cpu" or torch.cuda.is_available()
+    check(here, f"--device {args.device}: not on this machine, expected --device cpu")
     return args
 
 
@@ -348,13 +348,13 @@ def load_policy(path):
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
     with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
-        seen, taken = env.observation_space, env.action_space
-        flat = isinstance(seen, Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
-        check(flat, f"observations {seen}, expected a flat Box of floats")
+        seen, taken = spaces = env.observation_space, env.action_space
+        flat = [isinstance(x, Box) and len(x.shape) == 1 and x.dtype.kind == "f" for x in spaces]
+        check(flat[0], f"observations {seen}, expected a flat Box of floats")
         if isinstance(taken, Discrete):
             low, high = int(taken.start), int(taken.start + taken.n) - 1
         else:
-            fits = isinstance(taken, Box) and len(taken.shape) == 1 and taken.dtype.kind == "f"
+            fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
             fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
@@ -365,8 +365,7 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-# Arrays with a row for each step; is_success is NaN in a task that does not tell. A demonstration's
-# end has the weight 1 in `terminated`, or the share of the pairs that --num-pairs keeps.
+# Arrays with a row for each step. is_success: NaN if unknown; terminated: less with --num-pairs.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -386,7 +385,7 @@ def load_demos(args, inputs, low, high):
 
         check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
-        same = recorded.rsplit("-v", 1)[0] == wanted.rsplit("-v", 1)[0]
+        same = parse_env_id(recorded)[:2] == parse_env_id(wanted)[:2]  # but for the version
         check(same, f"demonstrations of {recorded}, expected {wanted}")
         size, whole = len(file["actions"]), file["actions"].dtype.kind != "f"
         check(not (low.shape and whole), "actions: integers, expected floats for a Box")
@@ -408,14 +407,13 @@ def load_demos(args, inputs, low, high):
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng = np.random.default_rng(args.seed)
     chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
-    if args.num_pairs:
-        share = args.num_pairs * len(chosen) / sum(map(len, chosen))
+    if args.num_pairs:  # an end stays, but weighs less: as few pairs are kept
+        terminated *= args.num_pairs * len(chosen) / sum(map(len, chosen))
         with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
-            for i, rows in enumerate(chosen):  # an end stays, but its weight shrinks as they do
-                end = rows[-1:][terminated[rows[-1:]] > 0]
-                others = rows[: len(rows) - len(end)]
-                others = rng.choice(others, args.num_pairs - len(end), replace=False)
-                chosen[i], terminated[end] = np.append(others, end), share
+            for i, rows in enumerate(chosen):
+                end, others = rows[terminated[rows] > 0], rows[terminated[rows] == 0]
+                few = rng.choice(others, args.num_pairs - len(end), replace=False)
+                chosen[i] = np.append(few, end)
     lists = chosen, episodes[:cut], episodes[cut:]
     return [[Episode(*(x[rows] for x in columns)) for rows in each] for each in lists]
 
@@ -507,14 +505,17 @@ def judge(curve, advice, random, expert, learner):
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     returns = [point["return_mean"] for point in (*curve, learner)]
     bad = max((i for i, x in enumerate(returns) if not x >= goal), default=-1)  # the last; or NaN
-    if bad + 1 < len(curve):
+    if math.isnan(goal):
+        steps, seconds, verdict = None, None, "no verdict: returns are not known"
+    elif bad + 1 < len(curve):
         steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
         verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
     else:
         steps, seconds, when = None, None, " before the last evaluation" * (bad < len(curve))
         verdict = f"not solved: return {returns[bad]:.4g}{when}, solved from {goal:.4g} on"
         verdict += f"; {advice}" if advice else ""
-    return {"solved_at_steps": steps, "solved_at_seconds": seconds, "verdict": verdict}
+    found = {"solved_from": goal, "solved_at_steps": steps, "solved_at_seconds": seconds}
+    return {**found, "verdict": verdict}
 
 
 def draw(summary, path):
@@ -526,22 +527,23 @@ def draw(summary, path):
         axes = figure.subplots()
         steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
         axes.plot(steps, returns, "o-", label="learner")
-        for name, style in (("expert", "--"), ("random", ":")):
-            axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
+        for name, style in (("expert", "--"), ("random", ":"), ("solved", "-.")):
+            y = summary["solved_from"] if name == "solved" else summary[name]["return_mean"]
+            axes.axhline(y, color="gray", ls=style, label=name)
         axes.set(xlabel="steps", ylabel="mean return", title=summary["args"]["env_id"])
         axes.legend()
         write(path, figure)
 
 
 class Run:
-    """One run: its demonstrations, folder, log, curve, checkpoints and result."""
+    """One run: its demonstrations, folder, log, curve, checkpoints (with `kept`) and result."""
 
-    kept = ("demos", "setup_seconds", "steps", "wall_seconds", "curve")  # in checkpoints
+    kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
     active = None  # the last run
     stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
 
     def __init__(self, args):
-        self.args, self.clock, Run.active, Run.stopped_by = args, time.perf_counter(), None, None
+        self.args, self.clock = args, time.perf_counter()
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
@@ -592,6 +594,7 @@ class Run:
 
     def save(self):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
         write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
@@ -678,9 +681,11 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
+    Run.active = Run.stopped_by = None
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for known in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(known) != signal.SIG_IGN:  # as in a script's background job
+                signal.signal(known, stop)
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite

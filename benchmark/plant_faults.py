@@ -57,8 +57,8 @@ FAULTS = {  # name: the text, and what takes its place
         "whole = path",
     ),
     "an end among few pairs counts in full": (
-        "np.append(others, end), share",
-        "np.append(others, end), max(share, 1.0)",
+        "terminated *= args.num_pairs * len(chosen) / sum(map(len, chosen))",
+        "pass",
     ),
     "cloning keeps the last weights": (
         "move_average(average, policy, 1 / min(run.steps, AVERAGED))",

@@ -77,6 +77,7 @@ def bad_demonstrations():
         "no steps": ({k: good[k][:0] for k in good if k != "metadata"}, ""),
         "one episode too many": ({"terminated": np.ones(25, bool)}, ""),
         "another task": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
+        "a task without a version": ({"metadata": json.dumps({"env_id": "Toy-vel"})}, "Toy-vel"),
         "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 999})}, "x x"),
         "no task": ({"metadata": "{}"}, "env_id"),
         "objects": ({"actions": np.array([Payload(ROOT)] * size, object)}, "allow_pickle"),

@@ -69,7 +69,7 @@ REFUSED = {
     "Unbounded-v0": {"action_space": Box(-np.inf, 1, (2,))},
     "Matrix-v0": {"action_space": Box(-1, 1, (2, 2))},
     "Integers-v0": {"action_space": Box(-1, 1, (2,), np.int64)},
-    "Half-v0": {"action_space": Box(-1, 1, (2,), np.float16)},
+    "Half-v0": {"action_space": Box(-1, 1, (2,), np.float16), "box": True},
     "Narrow-v0": {"action_space": Box(np.float32([-1, 0]), np.float32([1, 0]))},
     "Huge-v0": {"action_space": Box(-3e38, 3e38, (2,))},
     "Short-v0": {"observation_space": Box(-1, 1, (4,))},  # it gives three
