@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from scripts import AGGREVATED, BC, CASES, DAGGER, FEW, PPO, REINFORCE, demos, environment, expert
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from written import checkpoint, read_json, same, weights
 
 STOPS = [(case, signal.SIGKILL) for case in CASES]
 STOPS += [(REINFORCE, signal.SIGTERM), (DAGGER, signal.SIGINT)]
 
 
-@pytest.mark.parametrize("case, how", STOPS, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize("case, how", STOPS, ids=lambda x: getattr(x, "name", str(x)))
 def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     folder = tmp_path / "a run's folder"
     assert case.module  # imported before it forks
@@ -35,8 +34,6 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     finally:
         process.kill()
     stopped, steps = shutil.copytree(folder, tmp_path / "stopped"), checkpoint(folder)["steps"]
-    logged = EventAccumulator(str(folder)).Reload().Scalars("charts/SPS")
-    assert logged[-1].step >= steps  # up to the checkpoint, TensorBoard has them all
     errors = capfd.readouterr().err
     if how == signal.SIGKILL:
         assert process.exitcode == -how and not errors
