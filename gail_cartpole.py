@@ -58,7 +58,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import deque, namedtuple
+from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -248,15 +248,11 @@ class Discriminator(nn.Module):
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
-class Recent(deque):
+class Recent(list):
     """Pairs of the last rollouts; a checkpoint has them. One alone has few ends or many, by chance,
     and D would pay much for them, or little."""
 
-    def state_dict(self):
-        return {"pairs": list(self)}
-
-    def load_state_dict(self, state):
-        self.extend(state["pairs"])
+    state_dict, load_state_dict = list.copy, list.extend
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -539,7 +535,7 @@ def train(args):
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
-    parts["recent"] = recent = Recent(maxlen=RECENT)
+    parts["recent"] = recent = Recent()
     run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
 
     while run.steps < args.total_steps:
@@ -559,8 +555,8 @@ def train(args):
         if absorbing:
             terminated = batch["terminated"].flatten()
             longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
-            recent.append(longer.cpu())  # where those of a checkpoint are
-            policy_pairs = torch.cat(list(recent)).to(args.device)
+            recent[:] = [*recent, longer.cpu()][-RECENT:]  # those of a checkpoint are there, too
+            policy_pairs = torch.cat(recent).to(args.device)
 
         # 2. Train the discriminator.
         losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
@@ -768,7 +764,7 @@ def load_demos(args, inputs, low, high):
     low, high, wanted = np.float32(low), np.float32(high), args.env_id.split(":")[-1]
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
-    check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
+    check(path.is_file(), f"{path}: not found; --demos FILE, or python experts/train.py {wanted}")
     with explained(path), np.load(path, allow_pickle=False) as file:
 
         def column(name, kind, *shape):

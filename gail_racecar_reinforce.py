@@ -653,7 +653,7 @@ def load_demos(args, inputs, low, high):
     low, high, wanted = np.float32(low), np.float32(high), args.env_id.split(":")[-1]
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
-    check(path.is_file(), f"{path}: not found, expected --demos FILE; experts/train.py makes some")
+    check(path.is_file(), f"{path}: not found; --demos FILE, or python experts/train.py {wanted}")
     with explained(path), np.load(path, allow_pickle=False) as file:
 
         def column(name, kind, *shape):

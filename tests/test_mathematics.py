@@ -270,7 +270,7 @@ def test_with_an_absorbing_state_d_learns_from_ten_rollouts(absorbing, tmp_path,
 
     monkeypatch.setattr(gail, "update_discriminator", watched)
     PPO.run(tmp_path / "run", "--absorbing", absorbing, iterations=12)
-    kept = [len(pairs) for pairs in checkpoint(tmp_path / "run")["parts"]["recent"]["pairs"]]
+    kept = [len(pairs) for pairs in checkpoint(tmp_path / "run")["parts"]["recent"]]
     if absorbing == "no":
         assert seen == [48] * 12 and kept == []
     else:
