@@ -13,7 +13,7 @@ average of the weights, from when its loss on a fifth of the pairs, not learnt f
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python bc_cartpole.py --env-id Pendulum-v1      another task whose demonstrations are shipped
     python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5     what it needs, by uv
+    uv run --with "gymnasium[mujoco]" bc_cartpole.py --env-id Hopper-v5     uv installs all
 
 Any task with a flat Box of observations and Discrete actions or a bounded Box of them. On CartPole
 expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from 30 pairs
@@ -124,7 +124,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these beside the weights, which (persistent=False) need not hold the box.
+        # Saved in policy.pt beside the weights; so these leave out the box (persistent=False).
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -145,7 +145,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
+        observations = np.array(observations, np.float32, order="C")  # no negative strides
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 

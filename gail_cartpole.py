@@ -12,7 +12,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5    what it needs, by uv
+    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5    uv installs all
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
@@ -26,7 +26,7 @@ actions alone, is a plain mean over states, not a discounted sum; (5) a mean of 
 policies' weights is kept, not the last policy; (6) reward forms other than `gail`, the paper's, and
 a reward for what follows a termination, the absorbing state (--absorbing; D then learns from the
 last ten rollouts); (7) cloning's loss stands beside PPO's, with a weight that falls from 1 to 0.02:
---bc-weight 0 is GAIL alone.
+--bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -76,20 +76,20 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# The harness, below, has number, say, BadInput, Failed, EVALUATION_SEEDS, tensors and Run.
+# From the harness, below: say, number, BadInput, Failed, EVALUATION_SEEDS, tensors and Run.
 
 SCRIPT = "gail_cartpole"  # names files and folders
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
-BOX_POWER = 8  # of the average that is kept, for Box actions: DEVIATION (5)
+BOX_POWER = 8  # Box actions: the k-th policy counts k^8 times in the mean kept: DEVIATION (5)
 FINAL_SHARE = 0.02  # policy's and critic's step sizes and --bc-weight fall to this share of them
 # REINFORCE: one large step per rollout, and less variance from a smaller gamma.
 REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
 REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
 # constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
-# expert's actions change places, for cloning as well.
+# expert's actions are permuted, for cloning as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
-    flag("--total-steps", type=count, default=100_000, help="environment steps, in all")
+    flag("--total-steps", type=count, default=100_000, help="environment steps, in whole rollouts")
     flag("--schedule", type=count, help="steps in which step sizes and --bc-weight fall")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
@@ -111,7 +111,7 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--target-kl", type=real, default=0.03, help="PPO's limit, times an action's size")
+    flag("--target-kl", type=real, default=0.03, help="PPO's limit, per number of an action")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -160,15 +160,15 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, counted from 0, or a Gaussian in units in which a Box is
-    [-1, 1]; samples may lie outside. to_env, which clips, and from_env convert actions.
+    """A softmax over Discrete actions, counted from 0, or a Gaussian, for a Box scaled to [-1, 1];
+    samples may lie outside. to_env, which clips, and from_env convert actions.
 
     Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
     `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these beside the weights, which (persistent=False) need not hold the box.
+        # Saved in policy.pt beside the weights; so these leave out the box (persistent=False).
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -189,7 +189,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
+        observations = np.array(observations, np.float32, order="C")  # no negative strides
         distribution = self(torch.from_numpy(observations).to(self.low.device))
         return self.to_env(distribution.sample() if sample else distribution.mode)
 
@@ -221,7 +221,7 @@ class Discriminator(nn.Module):
 
     def make_pairs(self, observations, actions):
         """What D sees: the observation, standardised; the action, one-hot or clipped; and the flag.
-        (..., inputs), (...) or (..., action) -> (..., size of a pair)"""
+        (..., inputs) and (...) or (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
@@ -230,8 +230,8 @@ class Discriminator(nn.Module):
         """What follows if an episode terminates after these pairs: their own observations (not what
         the step led to) made small, zeros for the action, the flag. (..., size of a pair) -> same
 
-        Small, so that D can tell a crash from a landing, but does not know the expert's few ends by
-        heart: it would pay for no others, and policies would not end at all."""
+        Small, so that D can tell a crash from a landing, but not learn the expert's few ends by
+        heart: then it would pay for no others, and policies would not end at all."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -239,18 +239,18 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
-        `terminated` is 0, or 1 after a pair that ends an episode (if --num-pairs thinned the other
-        pairs: the share that was kept). The absorbing state lasts for ever. Discounted, that is as
-        long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps: so many copies D sees (100 with
-        gamma 0.99), times `terminated`. DAC (Kostrikov et al. 2019, algorithm 1) adds one copy, of
-        a state that is the same after every episode."""
+        `terminated` is 0, or 1 after a pair that ends an episode (if --num-pairs, a flag below,
+        left out some of the expert's other pairs: the share that it kept). The absorbing state
+        lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
+        steps: so many copies D sees (100 with gamma 0.99), times `terminated`. DAC (Kostrikov et
+        al. 2019, algorithm 1) adds one copy, of a state that is the same after every episode."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """Pairs of the last rollouts; a checkpoint has them. One alone has few ends or many, by chance,
-    and D would pay much for them, or little."""
+    """Pairs of the last rollouts; a checkpoint has them. A single rollout has few ends or many, by
+    chance: D would pay much for them, or little."""
 
     state_dict, load_state_dict = list.copy, list.extend
 
@@ -275,7 +275,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    (What favours a length does so without absorbing states: after an end nothing is paid.)"""
+    Lengths are favoured only without absorbing states, when nothing is paid after an end."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -329,8 +329,8 @@ def move_average(average, policy, rate):
 
 class Environments:
     """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
-    environments they can be put back to where a checkpoint was: it has the seed of each episode and
-    the actions since, which are replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    environments, a checkpoint can bring them back: it has each episode's seed and its actions, to
+    be replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -427,7 +427,7 @@ def minibatch(size, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
+    """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
     total = 0.0
@@ -445,15 +445,14 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    DEVIATION (1): clipping does not bound a policy's change. So after a pass that took it farther
-    than --target-kl times an action's size (the KL of its numbers add up), the passes that remain
-    train the critic alone.
+    DEVIATION (1): clipping does not bound a policy's change. So once a pass took it farther than
+    --target-kl per number of an action (their KLs add up), the other passes train the critic alone.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
     GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
     expert never was."""
-    # DEVIATION (4). None for a Gaussian, whose entropy has no upper end: it would leave the box.
+    # DEVIATION (4). None for a Gaussian: its entropy has no bound, so samples would leave the box.
     entropy_weight = args.entropy * policy.discrete
 
     def cloning_loss():
@@ -494,8 +493,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 def diagnose(scalars, args, absorbing, terminating):
     """What to advise if the run is not solved, from the scalars at its last evaluation.
 
-    A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, its rewards hardly differ where the policy is."""
+    -log(1 - D) is never negative: it pays for not ending. A reward whose deviation is below a tenth
+    of its mean ranks all actions nearly alike. If D is right about 99 of 100 pairs of both kinds,
+    its rewards hardly differ where the policy is."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
@@ -509,14 +509,14 @@ def diagnose(scalars, args, absorbing, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # Columns of Episode, (pairs, ...) each; `ends`: 1 where one terminates (--num-pairs: less).
+    # All demonstrations, (pairs, ...) each; `ends` is `terminated` of add_absorbing_pairs.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    layers = mlp(run.sizes["inputs"], args.hidden, args.hidden, 1)  # Flatten: (..., 1) -> (...)
-    critic = nn.Sequential(policy.standardise, *layers, nn.Flatten(-2)).to(args.device)
+    layers = *mlp(run.sizes["inputs"], args.hidden, args.hidden, 1), nn.Flatten(-2)
+    critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., inputs) -> (...)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -524,10 +524,10 @@ def train(args):
     envs = Environments(args.env_id, args.num_envs)
 
     if args.control == "shuffled-expert":
-        expert_actions = expert_actions[torch.randperm(len(expert_actions))]  # by the seed
+        expert_actions = expert_actions[torch.randperm(len(expert_actions))]
     expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
-    terminating = bool(ends.any())  # does any demonstration terminate?
+    terminating = bool(ends.any())
     absorbing = terminating if args.absorbing == "auto" else args.absorbing == "yes"
     absorbing = absorbing and args.control != "constant-reward"  # its reward is not D's
     if absorbing:  # DEVIATION (6)
@@ -539,7 +539,7 @@ def train(args):
     run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
 
     while run.steps < args.total_steps:
-        share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATION (3)
+        share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATIONS (3), (7)
         bc_weight = args.bc_weight * share
         for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
             group["lr"] = learning_rate * share
@@ -555,15 +555,15 @@ def train(args):
         if absorbing:
             terminated = batch["terminated"].flatten()
             longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
-            recent[:] = [*recent, longer.cpu()][-RECENT:]  # those of a checkpoint are there, too
+            recent[:] = [*recent, longer.cpu()][-RECENT:]
             policy_pairs = torch.cat(recent).to(args.device)
 
         # 2. Train the discriminator.
         losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
-        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value, their
-        # discounted sum, is then a weighted mean of what D pays, small enough for the critic; and
-        # the absorbing state, which pays r for ever, is worth r.
+        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value is then
+        # a weighted mean of what D pays, small enough for the critic; and the absorbing state,
+        # which pays r for ever, is worth r.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -574,8 +574,8 @@ def train(args):
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
-            scaled, how = rewards * (1 - args.gamma), (args.gamma, args.gae_lambda)
-            advantages = generalized_advantages(scaled, values, next_values, done, *how)
+            scaled, discounts = rewards * (1 - args.gamma), (args.gamma, args.gae_lambda)
+            advantages = generalized_advantages(scaled, values, next_values, done, *discounts)
             expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
@@ -584,9 +584,9 @@ def train(args):
         columns = [column.flatten(0, 1) for column in columns]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # DEVIATION (5): kept is an average of all policies so far, in which the k-th counts about
+        # DEVIATION (5): an average of all policies so far is kept, in which the k-th counts about
         # k^power times (Shamir & Zhang 2013, section 4). A Gaussian improves to the end, so late
-        # ones count more: with a power of 8 the last tenth makes 60 %.
+        # ones count more: with a power of 8 the last tenth makes up 60 %.
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -601,7 +601,7 @@ def train(args):
         for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    # run.curve has each evaluation's scalars: none if it was stopped early and its budget lowered.
+    # run.curve has each evaluation's scalars: none if --resume ends a run before its first one.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 

@@ -85,7 +85,7 @@ METRE = 2  # what the networks see of one metre; with much less, corners blur
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
 # constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
-# expert's actions change places, for --bc-updates as well.
+# expert's actions are permuted, for --bc-updates as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -168,7 +168,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, 9) -> (n, 2)"""
-        observations = np.array(observations, np.float32, order="C")  # not reversed, for torch
+        observations = np.array(observations, np.float32, order="C")  # no negative strides
         distribution = self(torch.from_numpy(observations).to(self.std.device))
         return self.to_env(distribution.sample() if sample else distribution.mean)
 
@@ -242,7 +242,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    (What favours a length does so without absorbing states: after an end nothing is paid.)"""
+    Lengths are favoured only without absorbing states, when nothing is paid after an end."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -277,8 +277,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 class Environments:
     """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
-    environments they can be put back to where a checkpoint was: it has the seed of each episode and
-    the actions since, which are replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    environments, a checkpoint can bring them back: it has each episode's seed and its actions, to
+    be replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -354,7 +354,7 @@ def minibatch(size, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; returns the mean loss, without the penalty."""
+    """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
     total = 0.0
@@ -414,8 +414,8 @@ def train(args):
     policy = Policy(args.hidden).to(args.device)
     actions = policy.from_env(actions)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    layers = mlp(10, args.hidden, args.hidden, 1)  # Flatten: (..., 1) -> (...)
-    critic = nn.Sequential(Features(), *layers, nn.Flatten(-2)).to(args.device)
+    layers = *mlp(10, args.hidden, args.hidden, 1), nn.Flatten(-2)
+    critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., 9) -> (...)
     discriminator = Discriminator(args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
@@ -471,8 +471,8 @@ def train(args):
             values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
             next_values = torch.where(batch["terminated"], end_values, next_values)
             done = batch["terminated"] | batch["truncated"]
-            how = args.gamma, args.gae_lambda
-            advantages = generalized_advantages(rewards, values, next_values, done, *how)
+            discounts = args.gamma, args.gae_lambda
+            advantages = generalized_advantages(rewards, values, next_values, done, *discounts)
             expert_logits = discriminator(expert_pairs[: len(actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
