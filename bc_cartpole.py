@@ -691,9 +691,8 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
     Run.active = Run.stopped_by = None
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
-        for known in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(known) != signal.SIG_IGN:  # as in a script's background job
-                signal.signal(known, stop)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite
