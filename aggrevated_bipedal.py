@@ -400,6 +400,7 @@ def number(kind, low, high=10**9):
 
 def parse_args(argv=None):
     """The settings, from a list of words or the command line; a resumed run brings its own."""
+    argv = argv if argv is None else [str(word) for word in argv]
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
@@ -448,8 +449,7 @@ def write(path, content):
 
 
 def load(path, kind):
-    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled.
-    A checkpoint holds `parts`, a policy `settings`."""
+    """A file of torch.save: a checkpoint has `parts`, a policy `settings`. Nothing is unpickled."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
@@ -486,9 +486,10 @@ def sizes(env_id):
             fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (_, _), (found, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
-        sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
-        check(sound, f"an observation {found}, expected a finite one of {seen}")
+        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        for found in (first, second):
+            sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
+            check(sound, f"an observation {found}, expected a finite one of {seen}")
         np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
@@ -499,9 +500,8 @@ Episode = namedtuple("Episode", "rewards is_success")
 
 def play(act, args, final=False, videos=None):
     """Validation episodes, VALIDATION times --eval-episodes, five side by side; for the final
-    evaluation five times --eval-episodes, on other seeds; if `videos` is a folder, three.
-
-    `act` maps observations to actions, one row for each environment; None acts at random."""
+    evaluation five times --eval-episodes, on other seeds; if `videos` is a folder, three. `act`
+    maps observations to actions, one row for each environment; None acts at random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     number = 3 if videos else args.eval_episodes * (5 if final else VALIDATION)
     settings = {"render_mode": "rgb_array"} if videos else {}
@@ -546,7 +546,7 @@ def judge(curve, random, expert, learner):
     """When was it solved? At the first good validation, or else the best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
-    if learner["return_mean"] >= goal:
+    if learner["return_mean"] >= goal > random["return_mean"]:
         best = max(curve, key=lambda point: point["return_mean"])
         at = next((point for point in curve if point["return_mean"] >= goal), best)
         verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
@@ -601,6 +601,7 @@ class Run:
         score("expert", self.walks)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
+        torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -686,7 +687,7 @@ class Run:
         samples = {"random": random, "expert": self.walks, "learner": learner}
         results = {name: score(name, episodes) for name, episodes in samples.items()}
         pairs = zip(learner, self.walks)  # on the same seeds
-        gains = np.array([x.rewards.sum() - y.rewards.sum() for x, y in pairs])
+        gains = np.array([float(x.rewards.sum()) - y.rewards.sum() for x, y in pairs])
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
         summary = self.facts() | results | judge(self.curve or [end], **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
@@ -735,11 +736,11 @@ def main(argv=None):
     with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
     Run.active = Run.stopped_by = None
-    with contextlib.suppress(ValueError):  # only a main thread may handle signals
+    with contextlib.suppress(ValueError):  # main thread only; SIGTERM ends a task's own workers
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
-    torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

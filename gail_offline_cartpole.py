@@ -270,6 +270,7 @@ def number(kind, low, high=10**9):
 
 def parse_args(argv=None):
     """The settings, from a list of words or the command line; a resumed run brings its own."""
+    argv = argv if argv is None else [str(word) for word in argv]
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
@@ -320,8 +321,7 @@ def write(path, content):
 
 
 def load(path, kind):
-    """What torch.save wrote: tensors and plain values. Anything else is refused, not unpickled.
-    A checkpoint holds `parts`, a policy `settings`."""
+    """A file of torch.save: a checkpoint has `parts`, a policy `settings`. Nothing is unpickled."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
@@ -358,9 +358,10 @@ def sizes(env_id):
             fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (_, _), (found, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
-        sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
-        check(sound, f"an observation {found}, expected a finite one of {seen}")
+        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        for found in (first, second):
+            sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
+            check(sound, f"an observation {found}, expected a finite one of {seen}")
         np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
@@ -374,7 +375,7 @@ def load_demos(args, inputs, low, high):
     low, high, wanted = np.float32(low), np.float32(high), args.env_id.split(":")[-1]
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
-    check(path.is_file(), f"{path}: not found; --demos FILE, or python experts/train.py {wanted}")
+    check(path.is_file(), f"{path}: not found; --demos FILE, or experts/train.py {args.env_id}")
     with explained(path), np.load(path, allow_pickle=False) as file:
 
         def column(name, kind, *shape):
@@ -505,8 +506,8 @@ def judge(curve, advice, random, expert, learner):
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     returns = [point["return_mean"] for point in (*curve, learner)]
     bad = max((i for i, x in enumerate(returns) if not x >= goal), default=-1)  # the last; or NaN
-    if math.isnan(goal):
-        steps, seconds, verdict = None, None, "no verdict: returns are not known"
+    if not expert["return_mean"] > random["return_mean"]:
+        steps, seconds, verdict = None, None, "no verdict: the expert is not above random"
     elif bad + 1 < len(curve):
         steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
         verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
@@ -555,6 +556,7 @@ class Run:
         self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
         self.steps, self.curve = 0, []
+        torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -682,11 +684,11 @@ def main(argv=None):
     with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
     Run.active = Run.stopped_by = None
-    with contextlib.suppress(ValueError):  # only a main thread may handle signals
+    with contextlib.suppress(ValueError):  # main thread only; SIGTERM ends a task's own workers
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
-    torch.set_num_threads(1)  # the networks are small: threads would wait for one another
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

@@ -146,6 +146,7 @@ def convert(args, argv):
     check(path.is_file(), "not found, expected a file")  # a pipe could block
     check(args.episodes > 0, f"--episodes {args.episodes}, expected at least 1")
     check(not out.exists(), f"--out {out} exists already, expected a new file")
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # a task's module lies there
     try:
         env = gym.make(args.env_id)
     except Exception as error:  # a task may raise anything

@@ -159,6 +159,7 @@ def read(path, *keys):
 
 def make_env(env_id, least_reward=-np.inf):
     """The task, with observations as they are recorded: float32, whatever it gives."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # a task's module lies there
     try:
         env = gym.make(env_id, disable_env_checker=True)
     except Exception as error:  # a task may raise anything
@@ -628,6 +629,8 @@ def main(argv=None):
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         words = [sys.executable, sys.argv[0], "--resume", f"{args and args.out}"]
+        for name in ("demos", "expert") if args else ():  # what a checkpoint does not keep
+            words += [f"--{name}={getattr(args, name)}"] * bool(getattr(args, name))
         print(f"train.py: stopped; from its checkpoint: {shlex.join(words)}", file=sys.stderr)
         return 130
 

@@ -128,6 +128,26 @@ def test_two_runs_at_once_in_threads(case, tmp_path, monkeypatch):
     assert status == [0, 0] and len(list(Path("runs").iterdir())) == 2
 
 
+@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+def test_a_task_with_a_process_of_its_own(case, tmp_path):
+    """It ends when the task says so, and none is left."""
+    process = case.fork(
+        *case.argv(
+            "--out",
+            tmp_path / "run",
+            "--env-id",
+            "Worker-v0",
+            "--demos",
+            demos("Worker-v0"),
+            iterations=1,
+        )
+    )
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0 and read_json(tmp_path / "run" / "summary.json")["verdict"]
+
+
 def test_numpys_scalars_and_paths(finish, tmp_path):
     args = BC.module.parse_args(BC.argv())
     args.out, args.demos, args.hidden = tmp_path / "run", Path(args.demos), np.int64(args.hidden)

@@ -376,6 +376,8 @@ def test_solved_is_the_first_evaluation_from_which_on_all_are_good(marks, solved
     scores = [{"+": 480.0, "-": 470.0}[mark] for mark in marks]
     curve = [{"steps": i, "wall_seconds": 2.0 * i, "return_mean": x} for i, x in enumerate(scores)]
     random, expert = {"return_mean": 20.0}, {"return_mean": 500.0}
+    blind = gail.judge(curve[:-1], "advice", random, random, {"return_mean": scores[-1]})
+    assert blind["solved_at_steps"] is None and blind["verdict"].startswith("no verdict")
     found = gail.judge(curve[:-1], "advice", random, expert, {"return_mean": scores[-1]})
     seconds = None if solved is None else 2.0 * solved
     assert (found["solved_at_steps"], found["solved_at_seconds"]) == (solved, seconds)

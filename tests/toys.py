@@ -7,6 +7,9 @@ from 1, or a box with other bounds than [-1, 1], in an array that the task then 
 info that others use as well, and such that differ in kind or size from one episode to the next.
 """
 
+import multiprocessing
+import time
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -62,6 +65,19 @@ class Blank(gym.Env):
         return np.ones(1, np.float32), 0.0, self.steps == self.ends, False, {}
 
 
+class Worker(Toy):
+    """It has a process of its own, which is told to end and waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(99,))
+        self.process.start()
+
+    def close(self):
+        self.process.terminate()
+        self.process.join()
+
+
 REFUSED = {
     "Image-v0": {"observation_space": Box(0, 255, (8, 8, 3), np.uint8)},
     "Dict-v0": {"observation_space": Dict({"a": Box(-1, 1, (3,))})},
@@ -82,6 +98,7 @@ TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large f
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
     gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
+gym.register("Worker-v0", f"{__name__}:Worker", max_episode_steps=12)
 gym.register("Truncating-v0", f"{__name__}:Blank", max_episode_steps=3)
 gym.register("Terminating-v0", f"{__name__}:Blank", kwargs={"ends": 3})
 
