@@ -833,8 +833,7 @@ class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints (with `kept`) and result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
-    active = None  # the last run
-    stopped_by = None  # in training the signal that is to end it, or 0; otherwise None
+    active = stopped_by = None  # the last run; in training the signal that is to end it, or 0
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -966,6 +965,8 @@ def evaluate_file(args):
 
 def stop(number, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
+    if number == signal.SIGTERM and os.getpid() != Run.process:  # a worker of the task's own
+        os._exit(143)
     waits, Run.stopped_by = Run.stopped_by == 0, number
     if not waits:
         raise KeyboardInterrupt
@@ -976,11 +977,10 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     with contextlib.suppress(Exception):  # no stream, a closed one, or one of another kind
         sys.stdout.reconfigure(errors="replace")  # stderr never fails
-    Run.active = Run.stopped_by = None
-    with contextlib.suppress(ValueError):  # main thread only; SIGTERM ends a task's own workers
+    Run.active, Run.stopped_by, Run.process = None, None, os.getpid()
+    with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
     np.seterr(all="ignore")  # rewards may be infinite
     try:

@@ -66,12 +66,15 @@ class Blank(gym.Env):
 
 
 class Worker(Toy):
-    """It has a process of its own, which is told to end and waited for."""
+    """It has a process of its own, which says that it is there, is told to end and waited for."""
 
     def __init__(self):
         super().__init__()
-        self.process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(99,))
+        context = multiprocessing.get_context("fork")
+        there = context.Event()
+        self.process = context.Process(target=lambda: (there.set(), time.sleep(99)))
         self.process.start()
+        there.wait()
 
     def close(self):
         self.process.terminate()
