@@ -8,12 +8,12 @@ Algorithm 1), with REINFORCE (Williams 1992) and a learnt baseline:
     4. follow the policy gradient of that reward: no ratio, no clip, no trust region.
 
     python gail_racecar_reinforce.py --total-steps 20000      a look around: ten seconds of training
-    python gail_racecar_reinforce.py                          the default run: eight minutes
+    python gail_racecar_reinforce.py                          the default run: four minutes
     python gail_racecar_reinforce.py --resume runs/FOLDER     go on where a run stopped
 
 Needs racecar_env.py in the same folder. By the end of the default run, expect nearly every lap to
-reach the finish, on nine seeds of ten; docs/gail_racecar_reinforce.md has the results, and the
-reasons for the choices below.
+reach the finish; docs/gail_racecar_reinforce.md has the results, and the reasons for the choices
+below.
 
 Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D, in fixed
 units, and twenty D updates per rollout; (3) two absorbing states, one after the finish and one
