@@ -43,6 +43,7 @@ ROWS = {  # what a compact table of several experiments calls each of them
     "gail_cartpole_reinforce": "500,000 steps",
     "gail_cartpole_controls": "a control",
     "gail_racecar_ppo": "the default",
+    "gail_racecar_ppo_one_lap": "the default",
     "gail_racecar_scratch": "GAIL alone",
     "gail_racecar_cloning": "cloning alone",
     "aggrevated_bipedal_weak": "weak expert",
