@@ -55,6 +55,7 @@ ROWS = {  # what a compact table of several experiments calls each of them
     "aggrevated_walker": "Walker2d",
     "aggrevated_walker_controls": "Walker2d",
     "aggrevated_bipedal_good": "good expert",
+    "aggrevated_bipedal_hardcore_1": "hardcore course",
     "aggrevated_bipedal_hardcore": "hardcore course",
 }
 PLAIN = {  # headings and variants of older files, in plainer words
