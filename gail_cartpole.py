@@ -384,10 +384,13 @@ class Environments:
         not forget at a reset what came before it."""
         missed = 0
         for i, seed in enumerate(state["seeds"]):
+            actions, last = (state[name][i].numpy() for name in ("actions", "observations"))
+            same = False
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
-                self.begin(i, seed, state["actions"][i].numpy())
+                self.begin(i, seed, actions)
+                same = (self.observations[i] == last).all()
             self.cuts[i] = int(state["cuts"][i])
-            if (self.observations[i] != state["observations"][i].numpy()).any():
+            if not same:
                 self.begin(i)
                 missed += 1
         if missed:
@@ -930,7 +933,7 @@ def draw(summary, path):
 
 
 class Run:
-    """One run: its demonstrations, folder, log, curve, checkpoints (with `kept`) and result."""
+    """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
     active = stopped_by = None  # the last run; in training the signal that is to end it, or 0

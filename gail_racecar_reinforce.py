@@ -818,7 +818,7 @@ def draw(summary, path):
 
 
 class Run:
-    """One run: its demonstrations, folder, log, curve, checkpoints (with `kept`) and result."""
+    """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
     active = stopped_by = None  # the last run; in training the signal that is to end it, or 0

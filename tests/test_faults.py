@@ -131,17 +131,8 @@ def test_two_runs_at_once_in_threads(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", [BC, PPO], ids=str)
 def test_a_task_with_a_process_of_its_own(case, tmp_path):
     """It ends when the task says so, and none is left."""
-    process = case.fork(
-        *case.argv(
-            "--out",
-            tmp_path / "run",
-            "--env-id",
-            "Worker-v0",
-            "--demos",
-            demos("Worker-v0"),
-            iterations=1,
-        )
-    )
+    task = ["--env-id", "Worker-v0", "--demos", demos("Worker-v0")]
+    process = case.fork(*case.argv("--out", tmp_path / "run", *task, iterations=1))
     process.join(60)
     ended = process.exitcode
     process.kill()

@@ -149,6 +149,16 @@ def test_a_task_that_cannot_be_replayed_begins_new_episodes(tmp_path, capsys):
     assert len(lines) == 1 and "new ones begin" in lines[0]
 
 
+def test_a_replay_that_goes_on_after_an_end(capsys):
+    """Where the task refuses such a step, a new episode begins as well."""
+    envs = PPO.module.Environments("toys:Toy-v0", 2)
+    state = envs.state_dict()
+    state["actions"][0] = torch.full((12,), 3)
+    envs.load_state_dict(state)
+    assert [len(actions) for actions in envs.actions] == [0, 0]
+    assert capsys.readouterr().out.startswith("1 episodes cannot be replayed")
+
+
 def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, refused):
     folder = shutil.copytree(finished, tmp_path / "run")
     whole = checkpoint(folder)

@@ -28,7 +28,7 @@ class Toy(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.resets += 1
+        self.resets, self.over = self.resets + 1, False
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * self.resets * self.remembers
         return self.observe(), {"x": self.x}
 
@@ -37,14 +37,15 @@ class Toy(gym.Env):
         return self.seen
 
     def step(self, action):
-        assert action in self.action_space, action
+        assert action in self.action_space and not self.over, action
         push = float(action[0] + action[1] - 1 if self.box else action - 2)
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
         if self.box:
             action *= 0
         info = {"x": self.x, "episode": None, "is_success": self.success}
         info |= {"touches": np.zeros(self.resets % 3), "kind": None if self.resets % 2 else 1}
-        return self.observe(push), self.pays - abs(self.x), bool(abs(self.x) > 1), False, info
+        self.over = bool(abs(self.x) > 1)
+        return self.observe(push), self.pays - abs(self.x), self.over, False, info
 
 
 class Blank(gym.Env):
