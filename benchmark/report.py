@@ -60,6 +60,7 @@ ROWS = {  # what a compact table of several experiments calls each of them
 }
 PLAIN = {  # headings and variants of older files, in plainer words
     "places by 15": "places / 15",
+    "generation 1, hardcore course": "AggreVaTeD, hardcore course",
     "seed 5, gone on with": "seed 5, resumed",
     "D refuses pairs of": "the policy's pairs that D was trained on",
     "and a memory of earlier ones": "half of them from earlier rollouts",
