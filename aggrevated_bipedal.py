@@ -43,7 +43,6 @@ maximised; (4) a coin decides who starts a whole roll-in, by its mean action plu
 import argparse
 import contextlib
 import copy
-import functools
 import io
 import itertools
 import json
@@ -65,7 +64,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -404,7 +402,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
-    parser.error = functools.partial(check, False)  # in place of 25 lines of usage
+    parser.error = lambda text: check(False, text)  # in place of 25 lines of usage
     flag = parser.add_argument_group("task and run").add_argument
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
@@ -508,7 +506,7 @@ def play(act, args, final=False, videos=None):
     at_once, played = 1 if videos else 5, []
     envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
     if videos:
-        envs = [RecordVideo(*envs, str(videos), lambda number: True, disable_logger=True)]
+        envs = [gym.wrappers.RecordVideo(*envs, str(videos), lambda _: True, disable_logger=True)]
     while len(played) < number:
         running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
         for i, env in enumerate(envs):
@@ -713,7 +711,7 @@ def evaluate_file(args):
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
-    acts = {"greedy": policy.act, "sampled": functools.partial(policy.act, sample=True)}
+    acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(args.evaluate):  # a policy whose task has other sizes
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:

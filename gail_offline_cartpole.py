@@ -38,9 +38,7 @@ natural gradient, with neither a line search nor a return.
 
 import argparse
 import contextlib
-import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -59,10 +57,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import parse_env_id
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
@@ -92,12 +87,10 @@ def add_settings(parser, argv):
 # --- networks and mathematics ---------------------------------------------------------------------
 
 
-def mlp(*sizes):
-    """Linear layers with tanh between them: (..., sizes[0]) -> (..., sizes[-1])."""
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+def mlp(inputs, hidden, outputs):
+    """Two hidden layers of tanh: (..., inputs) -> (..., outputs)."""
+    first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(hidden, outputs))
 
 
 class Standardise(nn.Module):
@@ -128,7 +121,7 @@ class Policy(nn.Module):
         # policy.pt holds these beside the weights.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.standardise = Standardise(inputs)
-        self.network = mlp(inputs, hidden, hidden, high - low + 1)
+        self.network = mlp(inputs, hidden, high - low + 1)
 
     def forward(self, observations):
         logits = self.network(self.standardise(observations))
@@ -182,8 +175,8 @@ def train(args):
     observations, actions, *_ = tensors(run.episodes, args.device)  # (pairs, ...) each
     actions = actions - run.sizes["low"]
     policy.standardise.measure(observations)
-    layers = run.sizes["inputs"], args.hidden, args.hidden, policy.network[-1].out_features
-    discriminator = nn.Sequential(policy.standardise, mlp(*layers)).to(args.device)  # f(s, .)
+    layers = mlp(run.sizes["inputs"], args.hidden, policy.network[-1].out_features)
+    discriminator = nn.Sequential(policy.standardise, layers).to(args.device)  # f(s, .)
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), fused=True)
     parts = {"policy": policy, "discriminator": discriminator}
@@ -274,7 +267,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
-    parser.error = functools.partial(check, False)  # in place of 25 lines of usage
+    parser.error = lambda text: check(False, text)  # in place of 25 lines of usage
     flag = parser.add_argument_group("task and run").add_argument
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--demos", metavar="FILE", help="learn from this .npz; None: experts/ENV_ID.npz")
@@ -386,8 +379,8 @@ def load_demos(args, inputs, low, high):
 
         check(sum(x.file_size for x in file.zip.infolist()) < 2**31, "unpacks to over 2 GB")
         recorded = json.loads(str(file["metadata"]))["env_id"].split(":")[-1]
-        same = parse_env_id(recorded)[:2] == parse_env_id(wanted)[:2]  # but for the version
-        check(same, f"demonstrations of {recorded}, expected {wanted}")
+        names = [gym.envs.registration.parse_env_id(x)[:2] for x in (recorded, wanted)]
+        check(names[0] == names[1], f"demonstrations of {recorded}, expected {wanted}")
         size, whole = len(file["actions"]), file["actions"].dtype.kind != "f"
         check(not (low.shape and whole), "actions: integers, expected floats for a Box")
         actions = column("actions", np.float32 if low.shape else np.int64, size, *low.shape)
@@ -426,39 +419,34 @@ def tensors(episodes, device="cpu"):
 
 
 def play(act, args, final=False, videos=None):
-    """--eval-episodes episodes side by side in new environments; for the final evaluation five
+    """--eval-episodes episodes in new environments, ten side by side; for the final evaluation five
     times as many, on other seeds; if `videos` is a folder, three that are filmed.
 
     `act` maps observations to actions, one row for each environment; None acts at random."""
-    seed = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
+    first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     episodes = 3 if videos else args.eval_episodes * (5 if final else 1)
-
-    def make():
-        if not videos:
-            return gym.make(args.env_id, disable_env_checker=True)
-        env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
-        return RecordVideo(env, str(videos), lambda number: True, disable_logger=True)
-
-    if args.env_id in ("CartPole-v0", "CartPole-v1") and not videos:  # in NumPy: 20 times as fast
-        envs = gym.make_vec(args.env_id, episodes, vectorization_mode="vector_entry_point")
-    else:  # a few: some simulators take 30 MB each
-        envs = SyncVectorEnv([make] * (1 if videos else min(episodes, 5)))
-        envs._add_info = lambda infos, info, i: {**infos, i: info}  # not merged, whatever they hold
-    at_once, played = envs.num_envs, []
+    settings = {"render_mode": "rgb_array"} if videos else {}
+    at_once, played = 1 if videos else min(episodes, 10), []
+    envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
+    if videos:
+        envs = [gym.wrappers.RecordVideo(*envs, str(videos), lambda _: True, disable_logger=True)]
     while len(played) < episodes:
-        envs.action_space.seed(seed + len(played))
-        observations, _ = envs.reset(seed=seed + len(played))
-        running, frames = np.ones(at_once, bool), []
-        while running.any():
-            seen = observations.astype(np.float32)
-            actions = act(seen) if act else envs.action_space.sample()
-            observations, rewards, terminated, truncated, info = envs.step(actions.copy())
-            success = np.array([info.get(i, {}).get("is_success") for i in range(at_once)], float)
-            frames.append((running.copy(), seen, actions, rewards, terminated, success))
-            running &= ~(terminated | truncated)
-        lasted, *columns = (np.stack(column, 1) for column in zip(*frames))
-        played += [Episode(*(x[i, lasted[i]] for x in columns)) for i in range(at_once)]
-    envs.close()
+        running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
+        for i, env in enumerate(envs):
+            env.action_space.seed(first + len(played) + i)
+            seen[i], _ = env.reset(seed=first + len(played) + i)
+        while running:
+            rows = np.array([seen[i] for i in running], np.float32)
+            actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
+            for i, row, action in zip(tuple(running), rows, actions):
+                seen[i], reward, terminated, truncated, info = envs[i].step(action.copy())
+                success = np.float64(info.get("is_success"))  # None: NaN
+                steps[i].append((row, action, np.float64(reward), terminated, success))
+                if terminated or truncated:
+                    running.remove(i)
+        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+    for env in envs:
+        env.close()
     return played[:episodes]
 
 
@@ -506,17 +494,17 @@ def judge(curve, advice, random, expert, learner):
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     returns = [point["return_mean"] for point in (*curve, learner)]
     bad = max((i for i, x in enumerate(returns) if not x >= goal), default=-1)  # the last; or NaN
+    at, when = {}, " before the last evaluation" * (bad < len(curve))
     if not expert["return_mean"] > random["return_mean"]:
-        steps, seconds, verdict = None, None, "no verdict: the expert is not above random"
+        verdict = "no verdict: the expert is not above random"
     elif bad + 1 < len(curve):
-        steps, seconds = curve[bad + 1]["steps"], curve[bad + 1]["wall_seconds"]
-        verdict = f"solved at {steps:,} steps, {seconds:.1f} s"
+        at = curve[bad + 1]
+        verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
     else:
-        steps, seconds, when = None, None, " before the last evaluation" * (bad < len(curve))
         verdict = f"not solved: return {returns[bad]:.4g}{when}, solved from {goal:.4g} on"
         verdict += f"; {advice}" if advice else ""
-    found = {"solved_from": goal, "solved_at_steps": steps, "solved_at_seconds": seconds}
-    return {**found, "verdict": verdict}
+    found = {"solved_at_steps": at.get("steps"), "solved_at_seconds": at.get("wall_seconds")}
+    return {"solved_from": goal, **found, "verdict": verdict}
 
 
 def draw(summary, path):
@@ -661,7 +649,7 @@ def evaluate_file(args):
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
-    acts = {"greedy": policy.act, "sampled": functools.partial(policy.act, sample=True)}
+    acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(args.evaluate):  # a policy whose task has other sizes
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:

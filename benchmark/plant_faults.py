@@ -34,8 +34,8 @@ FAULTS = {  # name: the text, and what takes its place
         "    return (gradient.norm(dim=-1) - 1).square().mean()",
     ),
     "seed: evaluation on training's seeds": (
-        "seed = EVALUATION_SEEDS + 10_000 * args.seed +",
-        "seed = 10_000 * args.seed +",
+        "first = EVALUATION_SEEDS + 10_000 * args.seed +",
+        "first = 10_000 * args.seed +",
     ),
     "seed: the run's is not set": ("        torch.manual_seed(args.seed)\n\n", "\n"),
     "a truncation taken for an end": (

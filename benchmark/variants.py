@@ -36,9 +36,10 @@ def no_critic(script):
         def forward(self, values):
             return 0 * values
 
-    def without(*sizes):
-        network = mlp(*sizes)  # the critic's alone maps ten features to one number
-        return network.append(Nothing()) if (sizes[0], sizes[-1]) == (10, 1) else network
+    def without(inputs, hidden, outputs):
+        network = mlp(inputs, hidden, outputs)
+        critic = (inputs, outputs) == (10, 1)  # it alone maps ten features to one number
+        return network.append(Nothing()) if critic else network
 
     script.mlp = without
 
@@ -114,7 +115,7 @@ def next_states(script):
     class NextStates(script.Discriminator):
         def __init__(self, policy, hidden):
             super().__init__(policy, hidden)
-            self.network, self.unit = script.mlp(9, hidden, hidden, 1), None
+            self.network, self.unit = script.mlp(9, hidden, 1), None
 
         def make_pairs(self, observations, actions):
             change = cartpole_step(observations, actions) - observations
@@ -191,7 +192,9 @@ def linear_policy(script):
     class Linear(script.Policy):
         def __init__(self, inputs, low, high, hidden):
             super().__init__(inputs, low, high, hidden)
-            self.network = script.mlp(inputs, self.network[-1].out_features)
+            self.network = torch.nn.Sequential(
+                torch.nn.Linear(inputs, self.network[-1].out_features)
+            )
 
     script.Policy = Linear
 
