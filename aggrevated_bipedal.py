@@ -3,19 +3,19 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end, as in AggreVaTe, for more data on what follows it,
+       there the expert walks to the end, as in AggreVaTe: data on what follows its takeover,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algorithm dagger`.
 
     python aggrevated_bipedal.py --total-steps 2           two iterations: a look around
-    python aggrevated_bipedal.py                           ten minutes: the weak expert
+    python aggrevated_bipedal.py                           ten minutes; a weak expert
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
     python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
     python aggrevated_bipedal.py --env-id mine:Task-v0 --expert expert.pt      a task of yours
 
-An expert is a .pt of plain weights and settings: of experts/, or a policy.pt of this script.
+An expert is a .pt of plain weights and settings: from experts/, or this script's policy.pt.
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
@@ -71,25 +71,26 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "aggrevated_bipedal"
-MIXING = 5  # alpha, the expert's share of roll-ins, is 1 at first, and 0 after so many iterations
-STD = 0.1  # of the learner's actions in its loss, before tanh: it averages Q* around the mean
+MIXING = 5  # iterations in which alpha, the expert's share of roll-ins, falls from 1 to 0
+STD = 0.1  # of the learner's action in its loss, before tanh: averages Q* around its mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes: to choose the best policy takes many, for falls are rare
+VALIDATION = 10  # times --eval-episodes: falls are rare, so a few do not show which is the best
 TARGET_DECAY = 0.95  # of the critics' moving average, which gives targets; with 0.99 it lags
-LEAST_DEVIATION = 0.1  # when standardising, so that nothing is scaled more than tenfold
+LEAST_DEVIATION = 0.1  # when standardising: nothing is scaled up more than tenfold
+LONGEST = 10_000  # steps of an episode: without a time limit, a task may never end
 HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
 HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
 HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is harder to fit
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
+    """The algorithm's flags; number (in the harness) bounds a value, ends included."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
     shipped = "weak, good or half, where experts/ has one for the task; or a .pt: see experts/"
     flag("--expert", metavar="NAME", default="weak", help=shipped)
-    dagger = "dagger only imitates: no Q*, and in roll-ins no noise and no takeover by the expert"
+    dagger = "dagger only imitates: without Q*, noise or takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
@@ -101,8 +102,8 @@ def add_settings(parser, argv):
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
     flag("--hidden", type=number(int, 1, 4_096), default=128, help="width of the policy's layers")
     flag("--policy-updates", type=number(int, 1), default=3_000, help="in an iteration")
-    flag("--caution", type=number(float, 0), default=1.5, help="times the critics' spread, off A*")
-    anchor = "pull towards the expert's action, against A*: in proportion to your rewards"
+    flag("--caution", type=number(float, 0), default=1.5, help="A* loses this times the spread")
+    anchor = "pull towards the expert's action; rewards k times as large need k times this"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
         parser.set_defaults(**HARDCORE)
@@ -111,8 +112,8 @@ def add_settings(parser, argv):
 def is_fall(env_id, reward, terminated):
     """CHANGE ME: did this step lead to a state of value 0, from which nothing is bootstrapped?
 
-    In Gymnasium's MuJoCo tasks every termination does. BipedalWalker terminates at the end of its
-    course as well: that is taken for a time limit, as if the walk went on."""
+    In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
+    course: that is treated as a time limit, as if the walk went on."""
     walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
     return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
 
@@ -203,12 +204,12 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
     With a weight of 0 it is DAgger's (Ross et al. 2011). The expert is deterministic, so V*(s) is
     Q*(s, its action). DEVIATION: the paper uses the score-function gradient of E[A*] in a state;
     here it goes through Q*, A* is the critics' mean minus caution * spread, and the anchor holds
-    the learner near the actions that Q* was fitted to. (batch, ...) twice -> ()"""
+    the learner near the actions that Q* was fitted to. Both (batch, ...) -> ()"""
     distances = (policy.greedy(states) - expert_actions).square().sum(-1)
     if not weight:
         return args.anchor * distances.mean()
     difference = critics(states, policy.sample(states)) - critics(states, expert_actions)
-    spread = (difference.var(0) + 1e-6).sqrt()  # of two equal actions sqrt(0) has gradient NaN
+    spread = (difference.var(0) + 1e-6).sqrt()  # sqrt(0) has gradient NaN: two equal actions
     advantages = difference.mean(0) - args.caution * spread
     return (args.anchor * distances - weight * advantages).mean()
 
@@ -218,7 +219,7 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
 
 @torch.no_grad()
 def roll_in(policy, expert, alpha, args):
-    """--num-envs trajectories, one after the other: a dict of (steps, ...).
+    """--num-envs trajectories, one after the other: columns (steps, ...).
 
     Each is begun by the expert (with probability alpha) or the learner, with noise; from a random
     step on, below --switch, the expert walks alone. DAgger: without noise and takeover."""
@@ -239,7 +240,7 @@ def roll_in(policy, expert, alpha, args):
                 noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
             executed = policy.to_env(action.to(args.device))
             observation, reward, terminated, truncated, _ = env.step(executed)
-            over, step = terminated or truncated, step + 1
+            over, step = terminated or truncated or step + 1 == LONGEST, step + 1
             fell = bool(is_fall(args.env_id, reward, terminated))
             outcome = np.float32(reward), fell, np.array(observation, np.float32)
             frames.append((seen.cpu().numpy(), action.numpy(), *outcome))
@@ -253,7 +254,7 @@ def roll_in(policy, expert, alpha, args):
 
 
 class Transitions(dict):
-    """All transitions so far, by column; a checkpoint holds every one of them."""
+    """All transitions so far, by column; checkpoints hold them all."""
 
     state_dict, load_state_dict = dict.copy, dict.update
 
@@ -306,7 +307,7 @@ def train(args):
     expert = run.expert.to(args.device)
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
-    best = copy.deepcopy(policy.to(args.device))
+    best = copy.deepcopy(policy.to(args.device))  # to() moves both
     critics = Critics([inputs + len(low), args.critic_hidden, args.critic_hidden, 1])
     critics.to(args.device)
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(TARGET_DECAY))
@@ -346,13 +347,13 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, files, evaluation, run folder, main. It is no part of the algorithm, and the
-# same in the other scripts, except for the expert and the validation. From above it uses SCRIPT,
-# add_settings, Policy and train.
+# The harness: flags, files, evaluation, run folder, main. It is no part of the algorithm, and like
+# the other scripts', except for expert, evaluation and verdict. From above it uses SCRIPT, LONGEST,
+# VALIDATION, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
-SOLVED = 0.95  # is a task at this share of the way from random to the expert
+SOLVED = 0.95  # of the way from random to the expert: from there on, a task counts as solved
 MAY_CHANGE = "total_steps expert resume eval_every eval_episodes capture_video device no_progress"
 
 
@@ -361,7 +362,7 @@ class BadInput(ValueError):
 
 
 class Failed(Exception):
-    """A loss that is not finite: one line on stderr, exit status 1."""
+    """A loss or an action that is not finite: one line on stderr, exit status 1."""
 
 
 def check(condition, message):
@@ -410,7 +411,7 @@ def parse_args(argv=None):
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
     flag("--eval-every", type=number(int, 1), help="iterations between validations")
-    many = "a fifth of the greedy episodes at the end, by the expert as well"
+    many = f"a validation has {VALIDATION} times as many, the final evaluation 5 times"
     flag("--eval-episodes", type=number(int, 2, 500), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
@@ -496,18 +497,15 @@ def sizes(env_id):
 Episode = namedtuple("Episode", "rewards is_success")
 
 
-def play(act, args, final=False, videos=None):
-    """Validation episodes, VALIDATION times --eval-episodes, five side by side; for the final
-    evaluation five times --eval-episodes, on other seeds; if `videos` is a folder, three. `act`
-    maps observations to actions, one row for each environment; None acts at random."""
+def play(act, args, final=False, filmed=None):
+    """Validation episodes, VALIDATION times --eval-episodes; for the final evaluation five times
+    --eval-episodes, on other seeds; or three in the environment that is `filmed`. `act` maps
+    observations to actions, one row for each environment; None acts at random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    number = 3 if videos else args.eval_episodes * (5 if final else VALIDATION)
-    settings = {"render_mode": "rgb_array"} if videos else {}
-    at_once, played = 1 if videos else 5, []
-    envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
-    if videos:
-        envs = [gym.wrappers.RecordVideo(*envs, str(videos), lambda _: True, disable_logger=True)]
+    number = 3 if filmed else args.eval_episodes * (5 if final else VALIDATION)
+    at_once, played = 1 if filmed else 5, []
     while len(played) < number:
+        envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
         running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
         for i, env in enumerate(envs):
             env.action_space.seed(first + len(played) + i)
@@ -517,12 +515,13 @@ def play(act, args, final=False, videos=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), actions):
                 seen[i], reward, terminated, truncated, info = envs[i].step(action)
-                steps[i].append((reward, np.array(info.get("is_success"), float)))  # None: NaN
-                if terminated or truncated:
+                steps[i].append((reward, np.float64(info.get("is_success"))))  # None: NaN
+                if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
         played += [Episode(*map(np.array, zip(*rows))) for rows in steps]
-    for env in envs:
-        env.close()
+        if not filmed:
+            for env in envs:
+                env.close()
     return played[:number]
 
 
@@ -541,7 +540,7 @@ def score(name, episodes, **more):
 
 
 def judge(curve, random, expert, learner):
-    """When was it solved? At the first good validation, or else the best."""
+    """Is the end good? Then solved at its first good validation, or else its best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
     if learner["return_mean"] >= goal > random["return_mean"]:
@@ -573,7 +572,7 @@ class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
     kept = ("demos", "setup_seconds", "steps", "env_steps", "wall_seconds", "curve")
-    active = stopped_by = None  # the last run; in training the signal that is to end it, or 0
+    active = stopped_by = None  # the last run; in training, 0 or the signal that ends it soon
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -700,7 +699,10 @@ class Run:
 def film(policy, args, folder):
     if args.capture_video:
         with explained("--capture-video"):  # no encoder, nothing to draw with
-            play(policy.act, args, videos=folder / "videos")
+            env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
+            folder = str(folder / "videos")
+            with gym.wrappers.RecordVideo(env, folder, lambda _: True, disable_logger=True) as env:
+                play(policy.act, args, filmed=env)
 
 
 def evaluate_file(args):

@@ -71,9 +71,10 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say, number, BadInput, Failed, EVALUATION_SEEDS, tensors and Run.
+# From the harness, below: say, number, Failed, EVALUATION_SEEDS, tensors and Run.
 
 SCRIPT = "gail_cartpole"  # names files and folders
+SIDE_BY_SIDE = 20  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
@@ -327,7 +328,7 @@ class Environments:
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        shape = self.envs[0].observation_space.shape
+        shape, self.kind = self.envs[0].observation_space.shape, self.envs[0].action_space.dtype
         self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
         self.seeds, self.actions, self.cuts = ([None] * num_envs for _ in range(3))
         self.reset()
@@ -349,7 +350,7 @@ class Environments:
         self.cuts[i] = 0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
         for action in actions:
-            self.observations[i], reward, *_ = self.envs[i].step(action.copy())
+            self.observations[i], reward, *_ = self.envs[i].step(action.astype(self.kind))
             self.returns[i] += reward
 
     def step(self, actions):
@@ -358,7 +359,8 @@ class Environments:
         after, ended = np.empty_like(self.observations), []
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
-            after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(action.copy())
+            taken = action.astype(self.kind)
+            after[i], reward, terminated[i], truncated[i], _ = self.envs[i].step(taken)
             self.observations[i], self.returns[i] = after[i], self.returns[i] + reward
             self.actions[i].append(action)
             truncated[i] |= len(self.actions[i]) == self.cuts[i]
@@ -608,7 +610,7 @@ def train(args):
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
 # every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses SCRIPT, add_settings, Policy and train.
+# uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -814,19 +816,17 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(column, device=device) for column in columns]
 
 
-def play(act, args, final=False, videos=None):
-    """--eval-episodes episodes in new environments, ten side by side; for the final evaluation five
-    times as many, on other seeds; if `videos` is a folder, three that are filmed.
+def play(act, args, final=False, filmed=None):
+    """--eval-episodes episodes in new environments; for the final evaluation five times as many, on
+    other seeds; or three in the environment that is `filmed`.
 
     `act` maps observations to actions, one row for each environment; None acts at random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    episodes = 3 if videos else args.eval_episodes * (5 if final else 1)
-    settings = {"render_mode": "rgb_array"} if videos else {}
-    at_once, played = 1 if videos else min(episodes, 10), []
-    envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
-    if videos:
-        envs = [gym.wrappers.RecordVideo(*envs, str(videos), lambda _: True, disable_logger=True)]
+    episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
+    at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
     while len(played) < episodes:
+        envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
+        longest = envs[0].spec.max_episode_steps or 10_000  # without a limit, a task may never end
         running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
         for i, env in enumerate(envs):
             env.action_space.seed(first + len(played) + i)
@@ -835,14 +835,16 @@ def play(act, args, final=False, videos=None):
             rows = np.array([seen[i] for i in running], np.float32)
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
-                seen[i], reward, terminated, truncated, info = envs[i].step(action.copy())
+                taken = action.astype(envs[i].action_space.dtype)  # a copy: a task may write to it
+                seen[i], reward, terminated, truncated, info = envs[i].step(taken)
                 success = np.float64(info.get("is_success"))  # None: NaN
                 steps[i].append((row, action, np.float64(reward), terminated, success))
-                if terminated or truncated:
+                if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
         played += [Episode(*map(np.array, zip(*each))) for each in steps]
-    for env in envs:
-        env.close()
+        if not filmed:
+            for env in envs:
+                env.close()
     return played[:episodes]
 
 
@@ -1034,7 +1036,10 @@ class Run:
 def film(policy, args, folder):
     if args.capture_video:
         with explained("--capture-video"):  # no encoder, nothing to draw with
-            play(policy.act, args, videos=folder / "videos")
+            env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
+            folder = str(folder / "videos")
+            with gym.wrappers.RecordVideo(env, folder, lambda _: True, disable_logger=True) as env:
+                play(policy.act, args, filmed=env)
 
 
 def evaluate_file(args):

@@ -65,6 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "gail_offline_cartpole"
+SIDE_BY_SIDE = 20  # environments in an evaluation
 FINAL_LR = 0.005  # both step sizes fall to this share, over --schedule
 LOG_EVERY = 100  # updates
 
@@ -212,7 +213,7 @@ def train(args):
 # ==================================================================================================
 # The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
 # every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses SCRIPT, add_settings, Policy and train.
+# uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -418,19 +419,17 @@ def tensors(episodes, device="cpu"):
     return [torch.as_tensor(column, device=device) for column in columns]
 
 
-def play(act, args, final=False, videos=None):
-    """--eval-episodes episodes in new environments, ten side by side; for the final evaluation five
-    times as many, on other seeds; if `videos` is a folder, three that are filmed.
+def play(act, args, final=False, filmed=None):
+    """--eval-episodes episodes in new environments; for the final evaluation five times as many, on
+    other seeds; or three in the environment that is `filmed`.
 
     `act` maps observations to actions, one row for each environment; None acts at random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    episodes = 3 if videos else args.eval_episodes * (5 if final else 1)
-    settings = {"render_mode": "rgb_array"} if videos else {}
-    at_once, played = 1 if videos else min(episodes, 10), []
-    envs = [gym.make(args.env_id, disable_env_checker=True, **settings) for _ in range(at_once)]
-    if videos:
-        envs = [gym.wrappers.RecordVideo(*envs, str(videos), lambda _: True, disable_logger=True)]
+    episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
+    at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
     while len(played) < episodes:
+        envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
+        longest = envs[0].spec.max_episode_steps or 10_000  # without a limit, a task may never end
         running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
         for i, env in enumerate(envs):
             env.action_space.seed(first + len(played) + i)
@@ -439,14 +438,16 @@ def play(act, args, final=False, videos=None):
             rows = np.array([seen[i] for i in running], np.float32)
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
-                seen[i], reward, terminated, truncated, info = envs[i].step(action.copy())
+                taken = action.astype(envs[i].action_space.dtype)  # a copy: a task may write to it
+                seen[i], reward, terminated, truncated, info = envs[i].step(taken)
                 success = np.float64(info.get("is_success"))  # None: NaN
                 steps[i].append((row, action, np.float64(reward), terminated, success))
-                if terminated or truncated:
+                if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
         played += [Episode(*map(np.array, zip(*each))) for each in steps]
-    for env in envs:
-        env.close()
+        if not filmed:
+            for env in envs:
+                env.close()
     return played[:episodes]
 
 
@@ -638,7 +639,10 @@ class Run:
 def film(policy, args, folder):
     if args.capture_video:
         with explained("--capture-video"):  # no encoder, nothing to draw with
-            play(policy.act, args, videos=folder / "videos")
+            env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
+            folder = str(folder / "videos")
+            with gym.wrappers.RecordVideo(env, folder, lambda _: True, disable_logger=True) as env:
+                play(policy.act, args, filmed=env)
 
 
 def evaluate_file(args):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import WrapperSpec
-from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos
+from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos, expert
 from written import checkpoint, read_json, same, weights
 
 
@@ -179,3 +179,19 @@ def test_cloning_beside_ppo_pulls_towards_the_expert(case, tmp_path):
             pairs = observations, policy.from_env(actions)
             losses.append(float(case.module.behavioural_cloning_loss(policy, *pairs)))
     assert losses[1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("case", [BC, AGGREVATED], ids=str)
+def test_an_episode_of_an_evaluation_has_no_past(case, tmp_path):
+    """Some tasks, Box2D's for one, remember at a reset what came before it. So does this one."""
+    found = []
+    for name in (case.env_id, case.env_id.replace("Toy", "Remembering")):
+        given = ["--expert", expert(name)] if case.queries else ["--demos", demos(name)]
+        case.run(tmp_path / name, "--env-id", name, *given, "--eval-episodes", 10, iterations=1)
+        found.append(read_json(tmp_path / name / "summary.json")["random"])
+    assert found[0] == found[1]
+
+
+def test_an_episode_without_an_end_is_cut(tmp_path):
+    BC.run(tmp_path / "run", "--env-id", "Endless-v0", "--demos", demos("Endless-v0"), iterations=1)
+    assert read_json(tmp_path / "run" / "summary.json")["learner"]["length_mean"] == 10_000

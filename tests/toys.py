@@ -2,9 +2,10 @@
 
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
-always in the same array, one of them constant; rewards that are NumPy's; actions that are counted
-from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils; entries of
-info that others use as well, and such that differ in kind or size from one episode to the next.
+always in the same array, one of them constant; rewards that are NumPy's; actions that are int32 and
+counted from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils;
+entries of info that others use as well, and such that differ in kind or size from one episode to
+the next.
 """
 
 import multiprocessing
@@ -19,7 +20,7 @@ class Toy(gym.Env):
     observation_space, pays, success = Box(-np.inf, np.inf, (3,), np.float64), 1.0, None
 
     def __init__(self, box=False, remembers=False, **others):
-        self.action_space = Discrete(3, start=1)
+        self.action_space = Discrete(3, start=1, dtype=np.int32)
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.remembers, self.resets = box, remembers, 0
@@ -29,7 +30,7 @@ class Toy(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.resets, self.over = self.resets + 1, False
-        self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * self.resets * self.remembers
+        self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * (self.resets - 1) * self.remembers
         return self.observe(), {"x": self.x}
 
     def observe(self, push=0.0):
@@ -98,12 +99,14 @@ REFUSED = {
     "Success-v0": {"success": "yes", "box": True},
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
-TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fourth reset on too large for float32
+TOYS["RememberingBox-v0"] = {"box": True, "remembers": True}
+TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
     gym.register(name, f"{__name__}:Toy", kwargs=settings, max_episode_steps=12)
 gym.register("Worker-v0", f"{__name__}:Worker", max_episode_steps=12)
 gym.register("Truncating-v0", f"{__name__}:Blank", max_episode_steps=3)
+gym.register("Endless-v0", f"{__name__}:Blank")
 gym.register("Terminating-v0", f"{__name__}:Blank", kwargs={"ends": 3})
 
 
