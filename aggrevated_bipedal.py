@@ -22,9 +22,9 @@ Deviations from the paper: (1) the gradient goes through Q* (reparameterised), n
 function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
 learner is held near the expert's action, and A* is weighted by 1 - alpha: little while Q* is young;
 (3) Q* is learnt by bootstrapping, not from the expert's returns; it is discounted and has no time
-index; only a fall has value 0; of two networks' A*, the mean minus --caution times the spread is
-maximised; (4) a coin decides who starts a whole roll-in, by its mean action plus correlated noise;
-(5) training uses all states so far, the expert's among them.
+index; a time limit is bootstrapped; A* is two networks' mean minus --caution times their spread;
+(4) one coin a trajectory decides who starts it; actions are the mean plus correlated noise; (5) all
+states so far train the learner, the expert's among them, above all late in an episode.
 """
 
 # /// script
@@ -167,7 +167,7 @@ class Policy(Standardised):
     def to_env(self, actions):
         """From [-1, 1] to the box, as NumPy. Raises Failed on NaN: Box2D would end the process."""
         if not actions.isfinite().all():
-            raise Failed("an action is NaN or infinite: the policy has diverged")
+            raise Failed("an action is NaN or infinite, as an observation or a weight must be")
         return torch.lerp(self.low, self.high, (actions + 1) / 2).cpu().numpy()
 
 
@@ -277,7 +277,7 @@ def descend(optimizer, loss):
 
 
 def refit(critics, target, optimizer, transitions, args):
-    """Step 2: fitted Q evaluation, continued on all transitions so far; returns the last loss."""
+    """Step 2: fitted Q evaluation, continued on all transitions so far; logs the last loss."""
     for _ in range(args.critic_updates):
         batch = transitions.sample(BATCH, args.device)
         loss = fitted_q_loss(critics, target, batch, args.gamma)
@@ -287,7 +287,7 @@ def refit(critics, target, optimizer, transitions, args):
 
 
 def improve(policy, critics, optimizer, transitions, weight, args):
-    """Step 3, on the states of all trajectories so far; returns the mean loss."""
+    """Step 3, on the states of all trajectories so far; logs the mean loss."""
     total = 0.0
     critics.requires_grad_(False)  # saves computing their gradients
     for update in range(args.policy_updates):
