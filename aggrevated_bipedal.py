@@ -63,7 +63,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -88,8 +88,7 @@ def add_settings(parser, argv):
     """The algorithm's flags; number (in the harness) bounds a value, ends included."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
     flag = parser.add_argument_group("algorithm").add_argument
-    shipped = "weak, good or half, where experts/ has one for the task; or a .pt: see experts/"
-    flag("--expert", metavar="NAME", default="weak", help=shipped)
+    flag("--expert", metavar="NAME", default="weak", help="weak, good, half (experts/); or a .pt")
     dagger = "dagger only imitates: without Q*, noise or takeover by the expert"
     flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
@@ -160,8 +159,7 @@ class Policy(Standardised):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, size)."""
-        observations = np.array(observations, np.float32, order="C")
-        seen = torch.from_numpy(observations).to(self.low.device)
+        seen = torch.tensor(np.array(observations, np.float32, order="C"), device=self.low.device)
         return self.to_env(self.sample(seen) if sample else self.greedy(seen))
 
     def to_env(self, actions):
@@ -239,7 +237,7 @@ def roll_in(policy, expert, alpha, args):
                 action = (action + scale * noise).clamp(-1, 1)
                 noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
             executed = policy.to_env(action.to(args.device))
-            observation, reward, terminated, truncated, _ = env.step(executed)
+            observation, reward, terminated, truncated, _ = take(env, executed)
             over, step = terminated or truncated or step + 1 == LONGEST, step + 1
             fell = bool(is_fall(args.env_id, reward, terminated))
             outcome = np.float32(reward), fell, np.array(observation, np.float32)
@@ -308,8 +306,7 @@ def train(args):
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
     best = copy.deepcopy(policy.to(args.device))  # to() moves both
-    critics = Critics([inputs + len(low), args.critic_hidden, args.critic_hidden, 1])
-    critics.to(args.device)
+    critics = Critics([inputs + len(low), *[args.critic_hidden] * 2, 1]).to(args.device)
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(TARGET_DECAY))
     transitions = Transitions()
     optimizer = torch.optim.Adam(policy.parameters(), POLICY_LR, fused=True)
@@ -411,8 +408,7 @@ def parse_args(argv=None):
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
     flag("--eval-every", type=number(int, 1), help="iterations between validations")
-    many = f"a validation has {VALIDATION} times as many, the final evaluation 5 times"
-    flag("--eval-episodes", type=number(int, 2, 500), default=20, help=many)
+    flag("--eval-episodes", type=number(int, 2, 500), default=20, help="a validation has ten times")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
@@ -478,23 +474,27 @@ def sizes(env_id):
         seen, taken = spaces = env.observation_space, env.action_space
         flat = [isinstance(x, Box) and len(x.shape) == 1 and x.dtype.kind == "f" for x in spaces]
         check(flat[0], f"observations {seen}, expected a flat Box of floats")
-        if isinstance(taken, Discrete):
-            low, high = int(taken.start), int(taken.start + taken.n) - 1
-        else:
-            fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
-            fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
-            check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
-            low, high = taken.low.tolist(), taken.high.tolist()
+        fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
+        fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
+        check(fits, f"actions {taken}, expected a bounded, flat Box of floats")
         (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
         np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
-        return {"inputs": seen.shape[0], "low": low, "high": high}
+        return {"inputs": len(first), "low": taken.low.tolist(), "high": taken.high.tolist()}
 
 
 # Arrays with a row for each step; is_success is NaN in a task that does not tell.
 Episode = namedtuple("Episode", "rewards is_success")
+
+
+def take(env, action):
+    """A step; the reward as a NumPy float, NaN for None. The task gets a copy of the action, as it
+    may write to it, of its own dtype, and in the box: float32 may have rounded the bounds."""
+    box = env.action_space
+    observation, reward, *rest = env.step(np.array(action, box.dtype).clip(box.low, box.high))
+    return observation, np.float64(reward), *rest
 
 
 def play(act, args, final=False, filmed=None):
@@ -506,15 +506,15 @@ def play(act, args, final=False, filmed=None):
     at_once, played = 1 if filmed else 5, []
     while len(played) < number:
         envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
-        running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
+        running, steps = list(range(at_once)), [[] for _ in envs]
+        seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
         for i, env in enumerate(envs):
             env.action_space.seed(first + len(played) + i)
             seen[i], _ = env.reset(seed=first + len(played) + i)
         while running:
-            rows = np.array([seen[i] for i in running], np.float32)
-            actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
-            for i, action in zip(tuple(running), actions):
-                seen[i], reward, terminated, truncated, info = envs[i].step(action)
+            random = [] if act else [envs[i].action_space.sample() for i in running]
+            for i, action in zip(tuple(running), act(seen[running]) if act else random):
+                seen[i], reward, terminated, truncated, info = take(envs[i], action)
                 steps[i].append((reward, np.float64(info.get("is_success"))))  # None: NaN
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
@@ -642,8 +642,7 @@ class Run:
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):
-        """End an iteration: log it; validate, keep the best policy, save and stop when due. Raises
-        Failed on a NaN."""
+        """End an iteration: log; validate, keep the best, save, stop when due. Failed on a NaN."""
         args, now = self.args, self.steps
         self.wall_seconds += time.perf_counter() - self.clock
         for tag, value in {**scalars, "charts/SPS": now / self.wall_seconds}.items():
@@ -682,8 +681,7 @@ class Run:
         random, learner = (play(act, self.args, final=True) for act in (None, policy.act))
         samples = {"random": random, "expert": self.walks, "learner": learner}
         results = {name: score(name, episodes) for name, episodes in samples.items()}
-        pairs = zip(learner, self.walks)  # on the same seeds
-        gains = np.array([float(x.rewards.sum()) - y.rewards.sum() for x, y in pairs])
+        gains = np.array([x.rewards.sum() - y.rewards.sum() for x, y in zip(learner, self.walks)])
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
         summary = self.facts() | results | judge(self.curve or [end], **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
@@ -709,6 +707,8 @@ def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
     if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
+        known = args.env_id in (env_id, parse_args([]).env_id)  # the default
+        check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)

@@ -424,7 +424,18 @@ def load_demos(args, inputs, low, high):
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
     columns = (np.concatenate(column) for column in zip(*episodes))
+    columns = (x.astype(np.int64) if x.dtype.kind in "iu" else x for x in columns)
     return [torch.as_tensor(column, device=device) for column in columns]
+
+
+def take(env, action):
+    """A step; the reward as a NumPy float, NaN for None. The task gets a copy of the action, as it
+    may write to it, of its own dtype, and in the box: float32 may have rounded the bounds."""
+    action = np.array(action, env.action_space.dtype)[()]
+    if isinstance(env.action_space, Box):
+        action = action.clip(env.action_space.low, env.action_space.high)
+    observation, reward, *rest = env.step(action)
+    return observation, np.float64(reward), *rest
 
 
 def play(act, args, final=False, filmed=None):
@@ -438,18 +449,18 @@ def play(act, args, final=False, filmed=None):
     while len(played) < episodes:
         envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
         longest = envs[0].spec.max_episode_steps or 10_000  # without a limit, a task may never end
-        running, steps, seen = list(range(at_once)), [[] for _ in envs], [None for _ in envs]
+        running, steps = list(range(at_once)), [[] for _ in envs]
+        seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
         for i, env in enumerate(envs):
             env.action_space.seed(first + len(played) + i)
             seen[i], _ = env.reset(seed=first + len(played) + i)
         while running:
-            rows = np.array([seen[i] for i in running], np.float32)
+            rows = seen[running]
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
-                taken = action.astype(envs[i].action_space.dtype)  # a copy: a task may write to it
-                seen[i], reward, terminated, truncated, info = envs[i].step(taken)
+                seen[i], reward, terminated, truncated, info = take(envs[i], action)
                 success = np.float64(info.get("is_success"))  # None: NaN
-                steps[i].append((row, action, np.float64(reward), terminated, success))
+                steps[i].append((row, action, reward, terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
         played += [Episode(*map(np.array, zip(*each))) for each in steps]
@@ -505,7 +516,7 @@ def judge(curve, advice, random, expert, learner):
     bad = max((i for i, x in enumerate(returns) if not x >= goal), default=-1)  # the last; or NaN
     at, when = {}, " before the last evaluation" * (bad < len(curve))
     if not expert["return_mean"] > random["return_mean"]:
-        verdict = "no verdict: the expert is not above random"
+        verdict = "no verdict: the expert's return is not known to be above random's"
     elif bad + 1 < len(curve):
         at = curve[bad + 1]
         verdict = f"solved at {at['steps']:,} steps, {at['wall_seconds']:.1f} s"
@@ -657,6 +668,8 @@ def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
     if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
+        known = args.env_id in (env_id, parse_args([]).env_id)  # the default
+        check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
     policy.to(args.device)

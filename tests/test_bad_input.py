@@ -38,6 +38,7 @@ def test_damaged_files(case, damage, finish, tmp_path, refused):
     refused(case, case.argv("--out", tmp_path / "new", flag, path), path)
     folder = shutil.copytree(finish(case), tmp_path / "run")
     refused(case, ["--evaluate", folder / "checkpoint.pt"], "checkpoint.pt", "another kind")
+    refused(case, ["--evaluate", folder / "policy.pt", "--env-id", "Acrobot-v1"], "not Acrobot-v1")
     damage(folder / "checkpoint.pt")
     refused(case, ["--resume", folder], folder / "checkpoint.pt")
     damage(folder / "policy.pt")

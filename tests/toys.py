@@ -2,8 +2,8 @@
 
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
-always in the same array, one of them constant; rewards that are NumPy's; actions that are int32 and
-counted from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils;
+always in the same array, one of them constant; rewards that are NumPy's; actions that are uint16
+and counted from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils;
 entries of info that others use as well, and such that differ in kind or size from one episode to
 the next.
 """
@@ -15,16 +15,18 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
+SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array for all of them
+
 
 class Toy(gym.Env):
     observation_space, pays, success = Box(-np.inf, np.inf, (3,), np.float64), 1.0, None
 
     def __init__(self, box=False, remembers=False, **others):
-        self.action_space = Discrete(3, start=1, dtype=np.int32)
+        self.action_space = Discrete(3, start=1, dtype=np.uint16)
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.remembers, self.resets = box, remembers, 0
-        self.seen = np.array([0.0, 0.0, 7.0])
+        self.seen = SHARED if remembers else SHARED.copy()
         vars(self).update(others)
 
     def reset(self, seed=None, options=None):
@@ -100,6 +102,7 @@ REFUSED = {
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
 TOYS["RememberingBox-v0"] = {"box": True, "remembers": True}
+TOYS["Rounding-v0"] = {"box": True, "action_space": Box(-0.1, 0.1, (2,), np.float64)}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
@@ -118,6 +121,8 @@ def demonstrations(name, episodes=24):
         while not over:
             push = np.clip(-3 * observation[0], -1, 1)
             action = np.float32([push, 1]) if "Box" in name else int(2 + np.round(push))
+            if name == "Rounding-v0":
+                action = np.float64([push, 1]) / 10
             following, reward, end, cut, _ = env.step(action)
             steps.append((observation.astype(np.float32), action, start, np.float32(reward)))
             observation, over, start = following, end or cut, False
