@@ -344,7 +344,7 @@ def _check_number(name: str, value: Any, kind: type, low: float, high: float) ->
 def _steering_and_throttle(action: Any) -> tuple[float, float]:
     try:
         steering, throttle = np.asarray(action).tolist()
-        valid = math.isfinite(steering) and math.isfinite(throttle)
+        valid = np.shape(action) == (2,) and math.isfinite(steering) and math.isfinite(throttle)
     except (TypeError, ValueError, OverflowError):  # not real numbers, or not two of them
         valid = False
     if not valid:
@@ -402,7 +402,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(f"reset_mask must be ({self.num_envs},) bool, got {mask!r}")
-        if seed is None or isinstance(seed, int):
+        if seed is None or isinstance(seed, numbers.Integral):
             seed = [None if seed is None else seed + i for i in range(self.num_envs)]
         for i in np.flatnonzero(mask):
             self._observations[i], _ = self.envs[i].reset(seed=seed[i])
@@ -412,17 +412,17 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """actions: (num_envs, 2). Raises what RaceCarEnv.step does, for running cars only."""
-        if not any(env.running for env in self.envs):
+        running = [i for i, env in enumerate(self.envs) if env.running]
+        if not running:
             raise gymnasium.error.ResetNeeded("no car is running: call reset()")
         rewards = np.zeros(self.num_envs)
         terminated, truncated, is_success = np.zeros((3, self.num_envs), bool)
-        for i, env in enumerate(self.envs):
-            if env.running:
-                result = env.step(actions[i])
-                self._observations[i], rewards[i], terminated[i], truncated[i], info = result
-                is_success[i] = info["is_success"]
-        info = {"is_success": is_success}
-        return self._observations.copy(), rewards, terminated, truncated, info
+        valid = [_steering_and_throttle(actions[i]) for i in running]  # all, before a car moves
+        for i, action in zip(running, valid):
+            result = self.envs[i].step(action)
+            self._observations[i], rewards[i], terminated[i], truncated[i], info = result
+            is_success[i] = info["is_success"]
+        return self._observations.copy(), rewards, terminated, truncated, {"is_success": is_success}
 
     def render(self) -> tuple[np.ndarray | None, ...]:
         return tuple(env.render() for env in self.envs)

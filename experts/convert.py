@@ -44,6 +44,10 @@ HARMLESS += ["use_expln", "clip_mean", "share_features_extractor", "normalize_im
 DROPPED = r"(actor\.log_std|actor_target\.mu\.\d+|critic(_target)?\.qf\d+\.\d+)\.(weight|bias)"
 
 
+class Unwritten(Exception):
+    """The result cannot be written: one line on stderr, exit status 1."""
+
+
 class BadInput(Exception):
     """Something that the user can fix: one line on stderr, exit status 2."""
 
@@ -141,11 +145,25 @@ def play(env, act, episodes):
     return float(total / episodes)
 
 
+def write(path, content):
+    """The whole file or nothing, and never over another one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        check(not path.exists(), f"--out {path} exists by now, expected a new file")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Unwritten(f"--out {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def convert(args, argv):
     path, out, task = Path(args.model), Path(args.out), args.env_id.split(":")[-1]
     check(path.is_file(), "not found, expected a file")  # a pipe could block
     check(args.episodes > 0, f"--episodes {args.episodes}, expected at least 1")
     check(not out.exists(), f"--out {out} exists already, expected a new file")
+    check(out.parent.is_dir(), f"--out {out}: its folder does not exist")
     sys.path.append(str(Path(__file__).resolve().parents[1]))  # a task's module lies there
     try:
         env = gym.make(args.env_id)
@@ -179,18 +197,15 @@ def convert(args, argv):
     source |= {"score": score, "converted": shlex.join(["python", "experts/convert.py", *argv])}
     source["converted_with"] = {"gymnasium": gym.__version__, "torch": str(torch.__version__)}
     expert = {"script": "aggrevated_bipedal", "env_id": task, "settings": settings}
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({**expert, "weights": ours, "source": source}, temporary)
-        saved = torch.load(temporary, weights_only=True)
-        ours, names = saved["weights"], [f"network.{2 * i}" for i in range(len(layers))]
-        probe = 3 * torch.randn(256, sizes[0], generator=torch.Generator().manual_seed(0))
-        x = (probe - ours["mean"]) / ours["deviation"]
-        again = actions(ours, names, saved["settings"], x).numpy()
-        check(np.array_equal(again, act(probe)), f"--out {out}: not the model's actions, a bug")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    whole = io.BytesIO()  # on a full disk torch.save would hide the error
+    torch.save({**expert, "weights": ours, "source": source}, whole)
+    saved = torch.load(io.BytesIO(whole.getvalue()), weights_only=True)
+    ours, names = saved["weights"], [f"network.{2 * i}" for i in range(len(layers))]
+    probe = 3 * torch.randn(256, sizes[0], generator=torch.Generator().manual_seed(0))
+    x = (probe - ours["mean"]) / ours["deviation"]
+    again = actions(ours, names, saved["settings"], x).numpy()
+    check(np.array_equal(again, act(probe)), f"--out {out}: not the model's actions, a bug")
+    write(out, whole.getbuffer())
     print(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
     print(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
     print("If that is too low: was it trained inside VecNormalize? No zip says that.")
@@ -208,6 +223,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         convert(args, argv)
+    except KeyboardInterrupt:
+        parser.exit(130, "convert.py: stopped, nothing is written\n")
+    except Unwritten as error:
+        parser.exit(1, f"convert.py: {error}\n")
     except Exception as error:  # damaged files fail in as many ways as there are readers
         name = "" if isinstance(error, BadInput) else f"cannot be read: {type(error).__name__}: "
         parser.error(f"{args.model}: {name}{error}")

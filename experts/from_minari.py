@@ -32,6 +32,10 @@ ARRAYS = {"observations": "fiu", "actions": "fiu", "rewards": "fiu"}
 ARRAYS |= {"terminations": "b", "truncations": "b"}
 
 
+class Unwritten(Exception):
+    """The result cannot be written: one line on stderr, exit status 1."""
+
+
 class BadInput(Exception):
     """Something that the user can fix: one line on stderr, exit status 2."""
 
@@ -139,9 +143,23 @@ def read_episodes(path, count):
     return episodes
 
 
+def write(path, content):
+    """The whole file or nothing, and never over another one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        check(not path.exists(), f"--out {path} exists by now, expected a new file")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Unwritten(f"--out {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def convert(args, argv):
     out = Path(args.out)
     check(not out.exists(), f"--out {out} exists already, expected a new file")
+    check(out.parent.is_dir(), f"--out {out}: its folder does not exist")
     folder = find(args.dataset)
     about, env_id = read_metadata(folder / "metadata.json", args.env_id)
     episodes = read_episodes(folder / "main_data.hdf5", args.episodes)
@@ -165,12 +183,7 @@ def convert(args, argv):
     }
     whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
     np.savez_compressed(whole, **joined, metadata=json.dumps(metadata))
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(whole.getbuffer())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(out, whole.getbuffer())
     print(f"{out}: {env_id}, {len(steps)} episodes, {sum(steps)} steps")
     print(f"returns {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
@@ -189,6 +202,10 @@ def main(argv=None):
         parser.error("h5py is not installed, expected it: pip install h5py")
     try:
         convert(args, argv)
+    except KeyboardInterrupt:
+        parser.exit(130, "from_minari.py: stopped, nothing is written\n")
+    except Unwritten as error:
+        parser.exit(1, f"from_minari.py: {error}\n")
     except Exception as error:  # damaged files fail in as many ways as there are readers
         name = "" if isinstance(error, BadInput) else f"cannot be read: {type(error).__name__}: "
         parser.error(f"{args.dataset}: {name}{error}")

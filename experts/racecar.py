@@ -173,6 +173,9 @@ def save_demonstrations(path: Path, laps: list[Lap], metadata: dict) -> None:
     )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         Path(folder, "demos.npz").write_bytes(whole.getbuffer())
+        if path.exists():  # since the laps began: neither is lost
+            path = path.with_stem(f"{path.stem}_{os.getpid()}")
+            print(f"written to {path}")
         os.replace(f"{folder}/demos.npz", path)
 
 

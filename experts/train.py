@@ -30,7 +30,6 @@ takes a third of SAC's time.
 
 import argparse
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -268,7 +267,10 @@ def play(policy, env_id, episodes, seed, sampled=False):
         (observation, _), over, steps = env.reset(seed=seed + i), False, []
         while not over:
             action = policy.act(observation, generator)
-            following, reward, terminated, truncated, _ = env.step(copy.copy(action))
+            taken = np.array(action, env.action_space.dtype)[()]  # a copy: a task may write to it
+            if taken.ndim:  # float32 may have rounded the bounds
+                taken = taken.clip(env.action_space.low, env.action_space.high)
+            following, reward, terminated, truncated, _ = env.step(taken)
             steps.append((observation, action, reward))
             observation, over = following, terminated or truncated
         observations, actions, rewards = map(np.stack, zip(*steps))
@@ -305,6 +307,7 @@ def build(args, seed):
         raise BadInput(f"--algorithm tqc: {error}; try pip install sbx-rl==0.28.0") from None
     settings = {name: schedule(value) for name, value in args.settings.items()}
     num_envs, least = settings.pop("num_envs", 1), settings.pop("least_reward", -np.inf)
+    check(num_envs > 0, f"--set: found num_envs={num_envs}, expected 1 or more")
     env = make_vec_env(lambda: make_env(args.env_id, least), num_envs, seed=seed)
     if noise := settings.pop("noise", 0):
         shape = env.action_space.shape
@@ -469,6 +472,9 @@ def about_run(args):
 def make(args):
     """Train, check over fresh episodes, and write what was asked for."""
     policy, steps = train(args)
+    for path in filter(None, (args.expert, args.demos)):
+        again = f"expected a new file: --resume={args.out} with another name"
+        check(not path.exists(), f"{path}: exists by now, {again}")
     played, number = {}, max(CHECKED, args.episodes)
     for path, sampled in ((args.expert, False), (args.demos, args.sampled)):
         if path and sampled not in played:
@@ -592,6 +598,12 @@ def complete(args):
             args.settings[key] = json.loads(value)
         except ValueError:
             raise BadInput(f"--set: found {setting}, expected NAME=JSON") from None
+    for key in ("total_steps", "num_envs", "average", "noise", "least_reward"):  # ours
+        value = args.settings.get(key, 1)
+        number = isinstance(value, int) or key not in ("total_steps", "num_envs")
+        number = number and isinstance(value, int | float)
+        check(number, f"--set: found {key}={json.dumps(value)}, expected a number")
+    check(args.at_least == args.at_least, "--at-least: found nan, expected a number")
     total = args.settings.pop("total_steps")
     args.total_steps = total if args.total_steps is None else args.total_steps
     if args.eval_every is None:
@@ -607,11 +619,16 @@ def complete(args):
     check(new, f"{args.out}: exists already, expected a new folder (or --resume)")
 
 
+def stop(number, frame):
+    """SIGTERM is as Ctrl-C, but for the exit status."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv=None):
     """Run the command line; returns the exit status."""
     args = None
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        signal.signal(signal.SIGTERM, stop)
     try:
         args = parse_args(argv)
         torch.set_num_threads(1)
@@ -627,12 +644,16 @@ def main(argv=None):
     except (BadInput, Failed, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
-    except KeyboardInterrupt:
-        words = [sys.executable, sys.argv[0], "--resume", f"{args and args.out}"]
-        for name in ("demos", "expert") if args else ():  # what a checkpoint does not keep
-            words += [f"--{name}={getattr(args, name)}"] * bool(getattr(args, name))
-        print(f"train.py: stopped; from its checkpoint: {shlex.join(words)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        words = sys.argv[1:] if argv is None else argv
+        if args and not args.score and not args.pick:
+            words = [f"--resume={args.out}"]
+            for name in ("demos", "expert", "at_least"):  # what a checkpoint does not keep
+                given = getattr(args, name) not in (None, -np.inf)
+                words += [f"--{name.replace('_', '-')}={getattr(args, name)}"] * given
+        again = shlex.join([sys.executable, sys.argv[0], *map(str, words)])
+        print(f"train.py: stopped; go on with: {again}", file=sys.stderr)
+        return 128 + (stopped.args or (signal.SIGINT,))[0]
 
 
 if __name__ == "__main__":

@@ -220,6 +220,18 @@ def test_bad_datasets(change, about, word, refuses):
     refuses(from_minari, word, *MINARI)
 
 
+@pytest.mark.parametrize("module", [convert, from_minari])
+def test_the_result_cannot_be_written(module, tmp_path, monkeypatch):
+    """The disk is full; or another program has written such a file meanwhile."""
+    monkeypatch.setattr(module.os, "replace", lambda *paths: Path("/dev/full").write_bytes(b"1"))
+    with pytest.raises(module.Unwritten, match="No space left"):
+        module.write(tmp_path / "new", b"new")
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(module.BadInput, match="exists by now"):
+        module.write(tmp_path / "old", b"new")
+    assert list(contents(tmp_path).values()) == [b"old"]
+
+
 def test_bad_folders(refuses, monkeypatch):
     refuses(from_minari, "no folder", *MINARI)
     dataset()
@@ -232,6 +244,7 @@ def test_bad_folders(refuses, monkeypatch):
     refuses(from_minari, "has 0 episodes", *MINARI)
     about.write_bytes(pickle.dumps(Payload(Path())))
     refuses(from_minari, "not JSON", *MINARI)
+    refuses(from_minari, "its folder does not exist", *MINARI, "--out", "no/demos.npz")
     Path("demos.npz").touch()
     refuses(from_minari, "exists", *MINARI)
     monkeypatch.setattr(from_minari, "h5py", None)

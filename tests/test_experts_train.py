@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,8 +87,16 @@ def test_a_stopped_run_goes_on(run, algorithm):
 
 def test_the_command_after_a_signal_is_complete(run, monkeypatch):
     monkeypatch.setattr(train, "train", lambda args: signal.raise_signal(signal.SIGTERM))
-    status, line = run("ToyBox-v0", "--out", "a run")
-    assert status == 130 and " --resume 'a run' --demos=" in line
+    status, line = run("ToyBox-v0", "--out", "a run", "--demos", "d.npz", "--at-least", "3")
+    assert status == 143 and line.endswith(" '--resume=a run' --demos=d.npz --at-least=3.0\n")
+    status, line = run("--pick", "1", "2", "--out", "none")
+    assert status == 1 and "none of 0 policies" in line
+
+
+def test_a_file_that_was_made_meanwhile_is_kept(run, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda args: (args.demos.write_text("mine"), 1))
+    status, line = run("ToyBox-v0", "--out", "a", "--demos", "d.npz")
+    assert status == 2 and "d.npz: exists by now" in line and Path("d.npz").read_text() == "mine"
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "ToyBox-v0"])  # another box
