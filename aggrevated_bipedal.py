@@ -490,11 +490,10 @@ Episode = namedtuple("Episode", "rewards is_success")
 
 
 def take(env, action):
-    """A step; the reward as a NumPy float, NaN for None. The task gets a copy of the action, as it
-    may write to it, of its own dtype, and in the box: float32 may have rounded the bounds."""
+    """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
+    the box: float32 may have rounded the bounds."""
     box = env.action_space
-    observation, reward, *rest = env.step(np.array(action, box.dtype).clip(box.low, box.high))
-    return observation, np.float64(reward), *rest
+    return env.step(np.array(action, box.dtype).clip(box.low, box.high))
 
 
 def play(act, args, final=False, filmed=None):
@@ -515,10 +514,10 @@ def play(act, args, final=False, filmed=None):
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                steps[i].append((reward, np.float64(info.get("is_success"))))  # None: NaN
+                steps[i].append(np.array([reward, info.get("is_success")], float))  # None: NaN
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
-        played += [Episode(*map(np.array, zip(*rows))) for rows in steps]
+        played += [Episode(*np.transpose(rows)) for rows in steps]
         if not filmed:
             for env in envs:
                 env.close()

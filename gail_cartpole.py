@@ -74,7 +74,7 @@ from tqdm import tqdm
 # From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
 
 SCRIPT = "gail_cartpole"  # names files and folders
-SIDE_BY_SIDE = 20  # environments in an evaluation
+SIDE_BY_SIDE = 50  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
@@ -350,7 +350,7 @@ class Environments:
         self.observations[i], _ = self.envs[i].reset(seed=seed)
         for action in actions:
             self.observations[i], reward, *_ = take(self.envs[i], action)
-            self.returns[i] += reward
+            self.returns[i] += np.float64(reward)  # None: NaN
 
     def step(self, actions):
         """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
@@ -359,7 +359,7 @@ class Environments:
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
             after[i], reward, terminated[i], truncated[i], _ = take(self.envs[i], action)
-            self.observations[i], self.returns[i] = after[i], self.returns[i] + reward
+            self.observations[i], self.returns[i] = after[i], self.returns[i] + np.float64(reward)
             self.actions[i].append(action)
             truncated[i] |= len(self.actions[i]) == self.cuts[i]
             if terminated[i] or truncated[i]:
@@ -816,13 +816,11 @@ def tensors(episodes, device="cpu"):
 
 
 def take(env, action):
-    """A step; the reward as a NumPy float, NaN for None. The task gets a copy of the action, as it
-    may write to it, of its own dtype, and in the box: float32 may have rounded the bounds."""
-    action = np.array(action, env.action_space.dtype)[()]
-    if isinstance(env.action_space, Box):
-        action = action.clip(env.action_space.low, env.action_space.high)
-    observation, reward, *rest = env.step(action)
-    return observation, np.float64(reward), *rest
+    """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
+    the box: float32 may have rounded the bounds."""
+    space = env.action_space
+    action = np.array(action, space.dtype)[()]
+    return env.step(action.clip(space.low, space.high) if isinstance(space, Box) else action)
 
 
 def play(act, args, final=False, filmed=None):
@@ -846,11 +844,11 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success"))  # None: NaN
-                steps[i].append((row, action, reward, terminated, success))
+                steps[i].append((row, action, reward, terminated, info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
-        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+        kinds = None, None, float, bool, float  # a reward of None becomes NaN
+        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
         if not filmed:
             for env in envs:
                 env.close()

@@ -289,7 +289,7 @@ class Environments:
         self.observations[i], _ = self.envs[i].reset(seed=seed)
         for action in actions:
             self.observations[i], reward, *_ = take(self.envs[i], action)
-            self.returns[i] += reward
+            self.returns[i] += np.float64(reward)  # None: NaN
 
     def step(self, actions):
         """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
@@ -298,7 +298,7 @@ class Environments:
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, action in enumerate(actions):
             after[i], reward, terminated[i], truncated[i], _ = take(self.envs[i], action)
-            self.observations[i], self.returns[i] = after[i], self.returns[i] + reward
+            self.observations[i], self.returns[i] = after[i], self.returns[i] + np.float64(reward)
             self.actions[i].append(action)
             if terminated[i] or truncated[i]:
                 ended.append((self.returns[i], len(self.actions[i])))
@@ -702,13 +702,11 @@ def tensors(episodes, device="cpu"):
 
 
 def take(env, action):
-    """A step; the reward as a NumPy float, NaN for None. The task gets a copy of the action, as it
-    may write to it, of its own dtype, and in the box: float32 may have rounded the bounds."""
-    action = np.array(action, env.action_space.dtype)[()]
-    if isinstance(env.action_space, Box):
-        action = action.clip(env.action_space.low, env.action_space.high)
-    observation, reward, *rest = env.step(action)
-    return observation, np.float64(reward), *rest
+    """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
+    the box: float32 may have rounded the bounds."""
+    space = env.action_space
+    action = np.array(action, space.dtype)[()]
+    return env.step(action.clip(space.low, space.high) if isinstance(space, Box) else action)
 
 
 def play(act, args, final=False, filmed=None):
@@ -732,11 +730,11 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success"))  # None: NaN
-                steps[i].append((row, action, reward, terminated, success))
+                steps[i].append((row, action, reward, terminated, info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
-        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+        kinds = None, None, float, bool, float  # a reward of None becomes NaN
+        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
         if not filmed:
             for env in envs:
                 env.close()
