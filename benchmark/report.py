@@ -8,7 +8,7 @@ A page holds `<!-- table: NAME -->`, `<!-- compact: NAME -->` or `<!-- figure: N
 leaves the summary of every run, or from benchmark/studies/. `compact` has six columns, for the
 pages of the scripts; compact: NAME+NAME puts one experiment below the other, table: NAME+NAME side
 by side. peers_*.json hold rows instead of runs: other libraries on the same demonstrations; a file
-with a `table` already has its rows.
+with a `table` already has its rows. `generations: NAME+NAME` adds up what is gained one by one.
 `solved` in a file is what its experiment asks for; without it, the script's own rule holds.
 """
 
@@ -69,7 +69,8 @@ PLAIN = {  # headings and variants of older files, in plainer words
     "time by the limit": "time / limit",
     "by the first version": "now / first version",
 }
-BLOCK = re.compile(r"(<!-- (table|compact|figure): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = "table|compact|generations|figure"
+BLOCK = re.compile(rf"(<!-- ({KINDS}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def interquartile_mean(values):
@@ -211,6 +212,21 @@ def paired_gain(runs):
     return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def generations(names, page):
+    """A line for each; a learner is the next one's expert, on the same starts: so gains add up."""
+    lines, total = [], 0
+    for name in names:
+        runs = sorted(load(name)["runs"], key=lambda run: run["seed"])
+        total = total + np.array([run["paired_differences"] for run in runs])
+        line = {"variant": runs[0]["variant"], "learner - its expert [95 %]": paired_gain(runs)}
+        first = [{"paired_differences": gains} for gains in total]
+        line["learner - first expert [95 %]"] = paired_gain(first)
+        line["seed by seed"] = ", ".join(f"{gains.mean():+.1f}" for gains in total)
+        lines.append(line)
+    command = f"python benchmark/run.py {' '.join(names)}"
+    return f"{markdown(lines)}\n{made_by(command, names, page)}"
+
+
 def peer_line(rows):
     """One line of the peers' table: medians over the seeds but for the return."""
 
@@ -350,6 +366,8 @@ def fill(page):
             text = table(name, page)
         elif kind == "compact":
             text = compact(name.split("+"), page)
+        elif kind == "generations":
+            text = generations(name.split("+"), page)
         return opening + text + end
 
     return BLOCK.sub(block, page.read_text())
