@@ -10,11 +10,13 @@ the next.
 
 import multiprocessing
 import time
+from inspect import signature
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
+KIND = {"dtype": np.uint16} if "dtype" in signature(Discrete).parameters else {}  # not in 1.1
 SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array for all of them
 
 
@@ -22,7 +24,7 @@ class Toy(gym.Env):
     observation_space, pays, success = Box(-np.inf, np.inf, (3,), np.float64), 1.0, None
 
     def __init__(self, box=False, remembers=False, **others):
-        self.action_space = Discrete(3, start=1, dtype=np.uint16)
+        self.action_space = Discrete(3, start=1, **KIND)
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.remembers, self.resets = box, remembers, 0
