@@ -275,7 +275,7 @@ def descend(optimizer, loss):
 
 
 def refit(critics, target, optimizer, transitions, args):
-    """Step 2: fitted Q evaluation, continued on all transitions so far; logs the last loss."""
+    """Step 2: fitted Q evaluation, continued on all transitions so far; returns the last loss."""
     for _ in range(args.critic_updates):
         batch = transitions.sample(BATCH, args.device)
         loss = fitted_q_loss(critics, target, batch, args.gamma)
@@ -285,7 +285,7 @@ def refit(critics, target, optimizer, transitions, args):
 
 
 def improve(policy, critics, optimizer, transitions, weight, args):
-    """Step 3, on the states of all trajectories so far; logs the mean loss."""
+    """Step 3, on the states of all trajectories so far; returns the mean loss."""
     total = 0.0
     critics.requires_grad_(False)  # saves computing their gradients
     for update in range(args.policy_updates):
@@ -408,7 +408,8 @@ def parse_args(argv=None):
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
     flag("--eval-every", type=number(int, 1), help="iterations between validations")
-    flag("--eval-episodes", type=number(int, 2, 500), default=20, help="a validation has ten times")
+    many = f"in a validation {VALIDATION} times as many, in the final evaluation 5 times"
+    flag("--eval-episodes", type=number(int, 2, 500), default=20, help=many)
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")

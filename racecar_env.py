@@ -403,7 +403,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(f"reset_mask must be ({self.num_envs},) bool, got {mask!r}")
         if seed is None or isinstance(seed, numbers.Integral):
-            seed = [None if seed is None else seed + i for i in range(self.num_envs)]
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         for i in np.flatnonzero(mask):
             self._observations[i], _ = self.envs[i].reset(seed=seed[i])
         return self._observations.copy(), {}

@@ -598,12 +598,12 @@ def complete(args):
             args.settings[key] = json.loads(value)
         except ValueError:
             raise BadInput(f"--set: found {setting}, expected NAME=JSON") from None
-    for key in ("total_steps", "num_envs", "average", "noise", "least_reward"):  # ours
+    ours = {"total_steps": int, "num_envs": int}
+    ours |= dict.fromkeys(("average", "noise", "least_reward"), int | float)
+    for key, kind in ours.items():  # stable-baselines3 checks the others
         value = args.settings.get(key, 1)
-        number = isinstance(value, int) or key not in ("total_steps", "num_envs")
-        number = number and isinstance(value, int | float)
-        check(number, f"--set: found {key}={json.dumps(value)}, expected a number")
-    check(args.at_least == args.at_least, "--at-least: found nan, expected a number")
+        check(isinstance(value, kind), f"--set: found {key}={json.dumps(value)}, expected a number")
+    check(not np.isnan(args.at_least), "--at-least: found nan, expected a number")
     total = args.settings.pop("total_steps")
     args.total_steps = total if args.total_steps is None else args.total_steps
     if args.eval_every is None:

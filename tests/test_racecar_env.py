@@ -23,6 +23,8 @@ from racecar_env import RaceCarEnv, RaceCarVectorEnv, WaypointController, pybull
 
 PROGRAM = ROOT / "experts/racecar.py"
 PARKED = np.float32([0, 0])
+NOT_ACTIONS = [[np.nan, 0], [0, np.inf], [0], [0] * 3, [[0, 0]], 0.5, {0: 1, 1: 2}, None]
+NOT_ACTIONS += ["ab", [1j, 0]]
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_actions_are_clipped_to_the_box_or_refused_before_physics_sees_them(make
     for action in ((7, 9), (1, 1), (-3, -2), (-1, 0), (0.5, 1.5), (0.5, 1)):
         env.reset(seed=0)
         if len(traces) % 2:
-            for bad in ([np.nan, 0], [0, np.inf], [0], [0] * 3, [[0, 0]], 0.5, None, "ab", [1j, 0]):
+            for bad in NOT_ACTIONS:
                 with pytest.raises(ValueError, match="action must be 2 finite numbers"):
                     env.step(bad)
         traces.append(drive(env, [action] * 12))
@@ -310,6 +312,10 @@ def test_the_vector_form_is_single_environments_that_rest_when_over(make):
                 expected[i], *end, _ = singles[i].step(actions[i])
                 assert end == [column[i] for column in shown]
     np.testing.assert_array_equal(envs.render(), [env.render() for env in singles])
+    envs.reset(seed=np.int64(4))
+    with pytest.raises(ValueError, match="2 finite numbers"):  # before a car moves
+        envs.step(np.float32([[0, 1], [0, 1], [0, np.nan]]))
+    assert not any(env.steps for env in envs.envs)
     assert envs.render_mode == "rgb_array"  # wrappers ask for it
     with pytest.raises(ValueError, match=r"reset_mask must be \(3,\) bool"):
         envs.reset(options={"reset_mask": [0, 2]})
