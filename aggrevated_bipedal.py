@@ -629,16 +629,13 @@ class Run:
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         self.clock = time.perf_counter()
 
-    def facts(self):
-        """What a checkpoint and summary.json have in common."""
-        facts = {"script": SCRIPT, "args": vars(self.args)}
-        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        return facts | {name: getattr(self, name) for name in self.kept}
-
     def save(self):
+        versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
-        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
+        write(self.checkpoint, {**self.facts, "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy, best):
@@ -683,7 +680,7 @@ class Run:
         results = {name: score(name, episodes) for name, episodes in samples.items()}
         gains = np.array([x.rewards.sum() - y.rewards.sum() for x, y in zip(learner, self.walks)])
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
-        summary = self.facts() | results | judge(self.curve or [end], **results)
+        summary = self.facts | results | judge(self.curve or [end], **results)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         summary["verdict"] += f"; {gains.mean():+.1f} +- {error:.1f} (s.e.) relative to its expert"
         summary["paired_differences"] = gains.tolist()

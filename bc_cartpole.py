@@ -219,9 +219,8 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
+# The harness: flags, files, demonstrations, evaluation, run folder, main; the same text in every
+# script with demonstrations. It uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -437,10 +436,8 @@ def take(env, action):
 
 
 def play(act, args, final=False, filmed=None):
-    """--eval-episodes episodes in new environments; for the final evaluation five times as many, on
-    other seeds; or three in the environment that is `filmed`.
-
-    `act` maps observations to actions, one row for each environment; None acts at random."""
+    """Episodes in new environments, in the final evaluation five times as many, on other seeds; or
+    three in the one that is `filmed`. `act` maps rows of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
     at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
@@ -460,11 +457,10 @@ def play(act, args, final=False, filmed=None):
                 steps[i].append((row, action, reward, terminated, info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
+                    if not filmed:
+                        envs[i].close()
         kinds = None, None, float, bool, float  # a reward of None becomes NaN
         played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
-        if not filmed:
-            for env in envs:
-                env.close()
     return played[:episodes]
 
 
@@ -489,9 +485,8 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(held_out, samples):
-    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
-
-    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
+    """How far each sample's pairs are from the held-out ones, in units of samples["random"]; of
+    each at most 2,000, in units of the held-out ones' deviations."""
     if not held_out:
         say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         return dict.fromkeys(samples)
@@ -594,16 +589,13 @@ class Run:
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         self.clock = time.perf_counter()
 
-    def facts(self):
-        """What a checkpoint and summary.json have in common."""
-        facts = {"script": SCRIPT, "args": vars(self.args)}
-        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        return facts | {name: getattr(self, name) for name in self.kept}
-
     def save(self):
+        versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
-        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
+        write(self.checkpoint, {**self.facts, "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
@@ -646,7 +638,7 @@ class Run:
         samples["expert"] = self.not_held_out + self.held_out
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
-        summary = self.facts() | results | judge(self.curve or [end], advice, **results)
+        summary = self.facts | results | judge(self.curve or [end], advice, **results)
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")

@@ -19,14 +19,11 @@ On CartPole expect a return of 500. By itself that proves nothing: `--control co
 tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs/gail_cartpole.md
 has the results.
 
-Deviations from the paper: (1) PPO, with a limit to the KL divergence, or REINFORCE in place of
-TRPO; (2) a gradient penalty on D, which keeps the slope of its logits near 1; (3) twenty D updates
-per rollout, and step sizes of policy and critic that fall; (4) the entropy bonus, for Discrete
-actions alone, is a plain mean over states, not a discounted sum; (5) a mean of the
-policies' weights is kept, not the last policy; (6) reward forms other than `gail`, the paper's, and
-a reward for what follows a termination, the absorbing state (--absorbing; D then learns from the
-last ten rollouts); (7) cloning's loss stands beside PPO's, with a weight that falls from 1 to 0.02:
---bc-weight 0 is GAIL alone (REINFORCE's default).
+Deviations from the paper, by their numbers in the code: (1) PPO, with a limit to the KL divergence,
+or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout, step
+sizes that fall; (4) an entropy bonus for Discrete actions alone, not discounted; (5) a mean of the
+policies is kept; (6) other reward forms, and a reward for what follows a termination (--absorbing);
+(7) cloning's loss beside PPO's: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -342,48 +339,45 @@ class Environments:
         for i in range(len(self.envs)):
             self.begin(i)
 
-    def begin(self, i, seed=None, actions=()):
-        """Begin a new episode, or the one with this seed, and replay these actions."""
+    def begin(self, i, seed=None, cut=0):
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
-        self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
-        self.cuts[i] = 0
+        self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
-        for action in actions:
-            self.observations[i], reward, *_ = take(self.envs[i], action)
-            self.returns[i] += np.float64(reward)  # None: NaN
+
+    def advance(self, i, action):
+        """A step of one environment: is its episode terminated, is it truncated?"""
+        self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
+        self.actions[i].append(action)
+        self.returns[i] += np.float64(reward)  # None: NaN
+        return terminated, truncated or len(self.actions[i]) == self.cuts[i]
 
     def step(self, actions):
         """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
         last), terminated, truncated; for the log, the ended episodes' (return, length)."""
-        after, ended = np.empty_like(self.observations), []
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
-        for i, action in enumerate(actions):
-            after[i], reward, terminated[i], truncated[i], _ = take(self.envs[i], action)
-            self.observations[i], self.returns[i] = after[i], self.returns[i] + np.float64(reward)
-            self.actions[i].append(action)
-            truncated[i] |= len(self.actions[i]) == self.cuts[i]
-            if terminated[i] or truncated[i]:
+        ends = [self.advance(i, action) for i, action in enumerate(actions.tolist())]
+        after, ended = self.observations.copy(), []
+        for i, end in enumerate(ends):
+            if any(end):
                 ended.append((self.returns[i], len(self.actions[i])))
                 self.begin(i)
+        terminated, truncated = np.array(ends, bool).T
         return after, terminated, truncated, ended
 
     def state_dict(self):
-        actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
-        state = {"seeds": self.seeds, "cuts": self.cuts, "actions": actions}
-        return {**state, "observations": torch.tensor(self.observations)}
+        state = {"seeds": self.seeds, "cuts": self.cuts, "actions": self.actions}
+        return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
         not forget at a reset what came before it."""
         missed = 0
-        for i, seed in enumerate(state["seeds"]):
-            actions, last = (state[name][i].numpy() for name in ("actions", "observations"))
-            same = False
+        columns = (state[name] for name in ("seeds", "cuts", "actions", "observations"))
+        for i, (seed, cut, actions, last) in enumerate(zip(*columns)):
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
-                self.begin(i, seed, actions)
-                same = (self.observations[i] == last).all()
-            self.cuts[i] = int(state["cuts"][i])
-            if not same:
+                self.begin(i, seed, cut)
+                for action in actions:
+                    self.advance(i, action)
+            if self.observations[i].tolist() != last:
                 self.begin(i)
                 missed += 1
         if missed:
@@ -392,8 +386,8 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), by name; and the (return,
-    length) of each episode that ended in them."""
+    """Steps of all environments: observations, actions, the next observations, terminated and
+    truncated, (num_steps, num_envs, ...) each; and (return, length) of each episode that ended."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
@@ -403,9 +397,7 @@ def rollout(envs, policy, num_steps, device):
         after, terminated, truncated, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), after, terminated, truncated))
         ended += ended_now
-    names = ("observations", "actions", "next_observations", "terminated", "truncated")
-    columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
-    return dict(zip(names, columns)), ended
+    return [torch.as_tensor(np.stack(column), device=device) for column in zip(*frames)], ended
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -545,13 +537,14 @@ def train(args):
         # the states. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             envs.reset()
-        batch, ended = rollout(envs, policy, args.num_steps, args.device)
+        frames, ended = rollout(envs, policy, args.num_steps, args.device)
+        observations, actions, next_observations, terminated, truncated = frames
         run.steps += args.num_steps * args.num_envs
-        pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
+        pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
-            terminated = batch["terminated"].flatten()
-            longer = discriminator.add_absorbing_pairs(policy_pairs, terminated, args.gamma)
+            ends = terminated.flatten()
+            longer = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
             recent[:] = [*recent, longer.cpu()][-RECENT:]
             policy_pairs = torch.cat(recent).to(args.device)
 
@@ -568,17 +561,16 @@ def train(args):
                 rewards = torch.ones_like(rewards)
             end_logits = discriminator(discriminator.absorbing_pairs(pairs))
             end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
-            values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
-            next_values = torch.where(batch["terminated"], end_values, next_values)
-            done = batch["terminated"] | batch["truncated"]
+            values, next_values = critic(observations), critic(next_observations)
+            next_values = torch.where(terminated, end_values, next_values)
             scaled, discounts = rewards * (1 - args.gamma), (args.gamma, args.gae_lambda)
+            done = terminated | truncated
             advantages = generalized_advantages(scaled, values, next_values, done, *discounts)
             expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
-        columns = (batch["observations"], batch["actions"], advantages, returns)
-        columns = [column.flatten(0, 1) for column in columns]
+        columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
         losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
         # DEVIATION (5): an average of all policies so far is kept, in which the k-th counts about
@@ -606,9 +598,8 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
+# The harness: flags, files, demonstrations, evaluation, run folder, main; the same text in every
+# script with demonstrations. It uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -824,10 +815,8 @@ def take(env, action):
 
 
 def play(act, args, final=False, filmed=None):
-    """--eval-episodes episodes in new environments; for the final evaluation five times as many, on
-    other seeds; or three in the environment that is `filmed`.
-
-    `act` maps observations to actions, one row for each environment; None acts at random."""
+    """Episodes in new environments, in the final evaluation five times as many, on other seeds; or
+    three in the one that is `filmed`. `act` maps rows of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
     at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
@@ -847,11 +836,10 @@ def play(act, args, final=False, filmed=None):
                 steps[i].append((row, action, reward, terminated, info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
+                    if not filmed:
+                        envs[i].close()
         kinds = None, None, float, bool, float  # a reward of None becomes NaN
         played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
-        if not filmed:
-            for env in envs:
-                env.close()
     return played[:episodes]
 
 
@@ -876,9 +864,8 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(held_out, samples):
-    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
-
-    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
+    """How far each sample's pairs are from the held-out ones, in units of samples["random"]; of
+    each at most 2,000, in units of the held-out ones' deviations."""
     if not held_out:
         say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         return dict.fromkeys(samples)
@@ -981,16 +968,13 @@ class Run:
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         self.clock = time.perf_counter()
 
-    def facts(self):
-        """What a checkpoint and summary.json have in common."""
-        facts = {"script": SCRIPT, "args": vars(self.args)}
-        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        return facts | {name: getattr(self, name) for name in self.kept}
-
     def save(self):
+        versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
-        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
+        write(self.checkpoint, {**self.facts, "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
@@ -1033,7 +1017,7 @@ class Run:
         samples["expert"] = self.not_held_out + self.held_out
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
-        summary = self.facts() | results | judge(self.curve or [end], advice, **results)
+        summary = self.facts | results | judge(self.curve or [end], advice, **results)
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")

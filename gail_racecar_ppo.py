@@ -286,42 +286,44 @@ class Environments:
         for i in range(num_envs):
             self.begin(i)
 
-    def begin(self, i, seed=None, actions=()):
-        """Begin a new episode, or the one with this seed, and replay these actions."""
+    def begin(self, i, seed=None):
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
-        self.seeds[i], self.actions[i], self.returns[i] = seed, list(actions), 0.0
+        self.seeds[i], self.actions[i], self.returns[i] = seed, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
-        for action in actions:
-            self.observations[i], reward, *_ = take(self.envs[i], action)
-            self.returns[i] += np.float64(reward)  # None: NaN
+
+    def advance(self, i, action):
+        """A step of one environment: is its episode terminated, is it truncated?"""
+        self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
+        self.actions[i].append(action)
+        self.returns[i] += np.float64(reward)  # None: NaN
+        return terminated, truncated
 
     def step(self, actions):
         """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
         last), terminated, truncated; for the log, the ended episodes' (return, length)."""
-        after, ended = np.empty_like(self.observations), []
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
-        for i, action in enumerate(actions):
-            after[i], reward, terminated[i], truncated[i], _ = take(self.envs[i], action)
-            self.observations[i], self.returns[i] = after[i], self.returns[i] + np.float64(reward)
-            self.actions[i].append(action)
-            if terminated[i] or truncated[i]:
+        ends = [self.advance(i, action) for i, action in enumerate(actions.tolist())]
+        after, ended = self.observations.copy(), []
+        for i, end in enumerate(ends):
+            if any(end):
                 ended.append((self.returns[i], len(self.actions[i])))
                 self.begin(i)
+        terminated, truncated = np.array(ends, bool).T
         return after, terminated, truncated, ended
 
     def state_dict(self):
-        actions = [torch.as_tensor(np.array(episode)) for episode in self.actions]
-        return {"seeds": self.seeds, "actions": actions}
+        return {"seeds": self.seeds, "actions": self.actions}
 
     def load_state_dict(self, state):
         for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
-            self.begin(i, seed, actions.numpy())  # the race car's replay is exact
+            self.begin(i, seed)
+            for action in actions:
+                self.advance(i, action)  # the race car's replay is exact
 
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: a dict of (num_steps, num_envs, ...), by name; and the (return,
-    length) of each episode that ended in them."""
+    """Steps of all environments: observations, actions, the next observations, terminated and
+    truncated, (num_steps, num_envs, ...) each; and (return, length) of each episode that ended."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
@@ -331,9 +333,7 @@ def rollout(envs, policy, num_steps, device):
         after, terminated, truncated, ended_now = envs.step(policy.to_env(actions))
         frames.append((observations, actions.cpu().numpy(), after, terminated, truncated))
         ended += ended_now
-    names = ("observations", "actions", "next_observations", "terminated", "truncated")
-    columns = (torch.as_tensor(np.stack(column), device=device) for column in zip(*frames))
-    return dict(zip(names, columns)), ended
+    return [torch.as_tensor(np.stack(column), device=device) for column in zip(*frames)], ended
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -415,9 +415,10 @@ def train(args):
     known = args.env_id.split(":")[-1] == "RaceCar-v0"
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    observations, actions, _, terminated, _ = tensors(run.episodes, args.device)  # (pairs, ...)
+    # All demonstrations, (pairs, ...) each; `ends`: 1 after a pair that ends an episode, else 0.
+    expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(args.hidden).to(args.device)
-    actions = policy.from_env(actions)
+    expert_actions = policy.from_env(expert_actions)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)
     critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., 9) -> (...)
@@ -429,21 +430,21 @@ def train(args):
     envs = Environments(args.env_id, args.num_envs)
 
     if args.control == "shuffled-expert":
-        actions = actions[torch.randperm(len(actions))]
-    expert_pairs = discriminator.make_pairs(observations, actions)  # (pairs, 13)
+        expert_actions = expert_actions[torch.randperm(len(expert_actions))]
+    expert = expert_observations, expert_actions
+    expert_pairs = discriminator.make_pairs(*expert)  # (pairs, 13)
     spread(discriminator.network[0], expert_pairs)
     for network in (critic, policy.network):
-        spread(network[1], network[0](observations))
+        spread(network[1], network[0](expert_observations))
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        finished = terminated[terminated > 0].bool()  # such laps are taken to end at the finish
+        finished = ends[ends > 0].bool()  # such laps are taken to end at the finish
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
     run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
-    expert = observations, actions
     for _ in range(args.bc_updates if run.steps == 0 else 0):
         descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert)))
 
@@ -454,13 +455,14 @@ def train(args):
         policy.std.fill_(max(STD * share, FINAL_STD))
 
         # 1. Roll out the policy.
-        batch, ended = rollout(envs, policy, args.num_steps, args.device)
+        frames, ended = rollout(envs, policy, args.num_steps, args.device)
+        observations, actions, next_observations, terminated, truncated = frames
         run.steps += args.num_steps * args.num_envs
-        pairs = discriminator.make_pairs(batch["observations"], batch["actions"])
+        pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, 13)
-        finished = at_finish(batch["next_observations"])  # (num_steps, num_envs)
+        finished = at_finish(next_observations)  # (num_steps, num_envs)
         if absorbing:
-            ends = finished[batch["terminated"]]  # (ends,): is it at the finish?
+            ends = finished[terminated]  # (ends,): is it at the finish?
             policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
 
         # 2. Train the discriminator.
@@ -474,17 +476,16 @@ def train(args):
                 rewards = torch.ones_like(rewards)
             end_logits = discriminator(discriminator.absorbing_pairs(finished))
             end_values = absorbing * imitation_reward(end_logits, args.reward) / (1 - args.gamma)
-            values, next_values = critic(batch["observations"]), critic(batch["next_observations"])
-            next_values = torch.where(batch["terminated"], end_values, next_values)
-            done = batch["terminated"] | batch["truncated"]
+            values, next_values = critic(observations), critic(next_observations)
+            next_values = torch.where(terminated, end_values, next_values)
+            done = terminated | truncated
             discounts = args.gamma, args.gae_lambda
             advantages = generalized_advantages(rewards, values, next_values, done, *discounts)
-            expert_logits = discriminator(expert_pairs[: len(actions)])  # not appended ones
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take PPO's steps on the advantages.
-        columns = (batch["observations"], batch["actions"], advantages, returns)
-        columns = [column.flatten(0, 1) for column in columns]
+        columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
         losses |= update_policy(policy, critic, optimizer, columns, expert, args)
         average.update_parameters(policy)
 
@@ -504,9 +505,8 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, files, demonstrations, evaluation, run folder, main. It is the same text in
-# every script with demonstrations and no part of the algorithm, so read it once. From above it
-# uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
+# The harness: flags, files, demonstrations, evaluation, run folder, main; the same text in every
+# script with demonstrations. It uses SCRIPT, SIDE_BY_SIDE, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -722,10 +722,8 @@ def take(env, action):
 
 
 def play(act, args, final=False, filmed=None):
-    """--eval-episodes episodes in new environments; for the final evaluation five times as many, on
-    other seeds; or three in the environment that is `filmed`.
-
-    `act` maps observations to actions, one row for each environment; None acts at random."""
+    """Episodes in new environments, in the final evaluation five times as many, on other seeds; or
+    three in the one that is `filmed`. `act` maps rows of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
     at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
@@ -745,11 +743,10 @@ def play(act, args, final=False, filmed=None):
                 steps[i].append((row, action, reward, terminated, info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
+                    if not filmed:
+                        envs[i].close()
         kinds = None, None, float, bool, float  # a reward of None becomes NaN
         played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
-        if not filmed:
-            for env in envs:
-                env.close()
     return played[:episodes]
 
 
@@ -774,9 +771,8 @@ def squared_energy_distance(x, y):
 
 
 def occupancy_distances(held_out, samples):
-    """How far each sample's pairs are from the held-out ones, in units of samples["random"].
-
-    Of each, at most 2,000 pairs, in units of the held-out ones' deviations."""
+    """How far each sample's pairs are from the held-out ones, in units of samples["random"]; of
+    each at most 2,000, in units of the held-out ones' deviations."""
     if not held_out:
         say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         return dict.fromkeys(samples)
@@ -879,16 +875,13 @@ class Run:
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
         self.clock = time.perf_counter()
 
-    def facts(self):
-        """What a checkpoint and summary.json have in common."""
-        facts = {"script": SCRIPT, "args": vars(self.args)}
-        facts["versions"] = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        return facts | {name: getattr(self, name) for name in self.kept}
-
     def save(self):
+        versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
+        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
-        write(self.checkpoint, {**self.facts(), "parts": parts, "rng": torch.get_rng_state()})
+        write(self.checkpoint, {**self.facts, "parts": parts, "rng": torch.get_rng_state()})
         self.saved = time.perf_counter()
 
     def record(self, scalars, policy):
@@ -931,7 +924,7 @@ class Run:
         samples["expert"] = self.not_held_out + self.held_out
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
-        summary = self.facts() | results | judge(self.curve or [end], advice, **results)
+        summary = self.facts | results | judge(self.curve or [end], advice, **results)
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")
