@@ -200,9 +200,8 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
     """anchor * (distance to the expert's action)^2 - weight * A* of the learner's own actions.
 
     With a weight of 0 it is DAgger's (Ross et al. 2011). The expert is deterministic, so V*(s) is
-    Q*(s, its action). DEVIATION: the paper uses the score-function gradient of E[A*] in a state;
-    here it goes through Q*, A* is the critics' mean minus caution * spread, and the anchor holds
-    the learner near the actions that Q* was fitted to. Both (batch, ...) -> ()"""
+    Q*(s, its action). DEVIATIONS (1) to (3): the gradient goes through Q*, and the anchor holds the
+    learner near the actions that Q* was fitted to. Both (batch, ...) -> ()"""
     distances = (policy.greedy(states) - expert_actions).square().sum(-1)
     if not weight:
         return args.anchor * distances.mean()
@@ -285,8 +284,7 @@ def refit(critics, target, optimizer, transitions, args):
 
 
 def improve(policy, critics, optimizer, transitions, weight, args):
-    """Step 3, on the states of all trajectories so far; returns the mean loss."""
-    total = 0.0
+    """Step 3, on the states of all trajectories so far; returns the last loss."""
     critics.requires_grad_(False)  # saves computing their gradients
     for update in range(args.policy_updates):
         optimizer.param_groups[0]["lr"] = POLICY_LR * (1 - update / args.policy_updates)
@@ -294,9 +292,8 @@ def improve(policy, critics, optimizer, transitions, weight, args):
         states, expert_actions = batch["observations"], batch["expert_actions"]
         loss = aggrevated_loss(policy, critics, states, expert_actions, weight, args)
         descend(optimizer, loss)
-        total += loss.detach()
     critics.requires_grad_(True)
-    return {"losses/policy": float(total) / args.policy_updates}
+    return {"losses/policy": float(loss.detach())}
 
 
 def train(args):
@@ -344,9 +341,8 @@ def train(args):
 
 
 # ==================================================================================================
-# The harness: flags, files, evaluation, run folder, main. It is no part of the algorithm, and like
-# the other scripts', except for expert, evaluation and verdict. From above it uses SCRIPT, LONGEST,
-# VALIDATION, add_settings, Policy and train.
+# The harness: flags, files, evaluation, run folder, main; the other scripts' but for the expert and
+# evaluation. From above it uses SCRIPT, LONGEST, VALIDATION, add_settings, Policy and train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -420,8 +416,7 @@ def parse_args(argv=None):
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
-            parser.set_defaults(**saved)
-            args = parser.parse_args(argv)
+            args = parser.parse_args(argv, argparse.Namespace(**saved))
             changed = {name for name in saved if getattr(args, name) != saved[name]}
             changed -= set(MAY_CHANGE.split())
             check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
@@ -475,14 +470,14 @@ def sizes(env_id):
         seen, taken = spaces = env.observation_space, env.action_space
         flat = [isinstance(x, Box) and len(x.shape) == 1 and x.dtype.kind == "f" for x in spaces]
         check(flat[0], f"observations {seen}, expected a flat Box of floats")
-        fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
-        fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
+        widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
+        fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
         check(fits, f"actions {taken}, expected a bounded, flat Box of floats")
-        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, reward, *_) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
+        np.array([reward, 0], float)  # raises, unless it is a number or None
         return {"inputs": len(first), "low": taken.low.tolist(), "high": taken.high.tolist()}
 
 
@@ -515,13 +510,14 @@ def play(act, args, final=False, filmed=None):
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                steps[i].append(np.array([reward, info.get("is_success")], float))  # None: NaN
+                success = info.get("is_success")
+                success = None if success is None else bool(success)
+                steps[i].append(np.array([reward, success], float))  # None: NaN
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
+                    if not filmed:
+                        envs[i].close()
         played += [Episode(*np.transpose(rows)) for rows in steps]
-        if not filmed:
-            for env in envs:
-                env.close()
     return played[:number]
 
 
@@ -594,11 +590,11 @@ class Run:
         digest = sha256(b"".join([*weights, str(self.expert.settings).encode()])).hexdigest()
         self.demos = {"sha256": digest}  # where the other scripts have demonstrations
         self.walks = play(self.expert.act, args, final=True)
-        score("expert", self.walks)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
+        np.random.seed(args.seed)  # the script does not draw from it, but a task may
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -708,10 +704,11 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
-    with explained(args.evaluate):  # a policy whose task has other sizes
+    with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
@@ -751,6 +748,12 @@ def main(argv=None):
         words = shlex.join([sys.executable, sys.argv[0], *flags])
         say(f"{SCRIPT}.py: stopped; go on with: {words}", sys.stderr)
         return 128 + (Run.stopped_by or signal.SIGINT)
+    finally:  # Python would flush once more, and change the exit status if that fails
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except Exception:  # none, closed or full
+                setattr(sys, name, None)
 
 
 if __name__ == "__main__":

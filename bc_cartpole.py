@@ -100,7 +100,7 @@ class Standardise(nn.Module):
         """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
         deviation, mean = torch.std_mean(sample, 0, correction=0)
         self.mean.copy_(mean)
-        self.deviation.copy_(deviation.where(deviation > 1e-6, 1.0))
+        self.deviation.copy_(deviation.where(deviation > 1e-6 * mean.abs(), 1.0))
 
     def forward(self, observations):
         return ((observations - self.mean) / self.deviation).clamp(-10, 10)
@@ -297,8 +297,7 @@ def parse_args(argv=None):
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
-            parser.set_defaults(**saved)
-            args = parser.parse_args(argv)
+            args = parser.parse_args(argv, argparse.Namespace(**saved))
             changed = {name for name in saved if getattr(args, name) != saved[name]}
             changed -= set(MAY_CHANGE.split())
             check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
@@ -353,17 +352,17 @@ def sizes(env_id):
         flat = [isinstance(x, Box) and len(x.shape) == 1 and x.dtype.kind == "f" for x in spaces]
         check(flat[0], f"observations {seen}, expected a flat Box of floats")
         if isinstance(taken, Discrete):
-            low, high = int(taken.start), int(taken.start + taken.n) - 1
+            low, high = int(taken.start), int(taken.start) + int(taken.n) - 1
         else:
-            fits = flat[1] and taken.dtype.itemsize > 2  # a float32 is in no Box of float16
-            fits = fits and all(0 < width < math.inf for width in taken.high - taken.low)
+            widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
+            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, reward, *_) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
+        np.array([reward, 0], float)  # raises, unless it is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -373,7 +372,8 @@ Episode = namedtuple("Episode", "observations actions rewards terminated is_succ
 
 def load_demos(args, inputs, low, high):
     """Three lists of episodes: to learn from (drawn from the second), not held out, held out."""
-    low, high, wanted = np.float32(low), np.float32(high), args.env_id.split(":")[-1]
+    kind, wanted = np.float32 if isinstance(low, list) else np.int64, args.env_id.split(":")[-1]
+    low, high = np.array(low, kind), np.array(high, kind)
     here = Path(globals().get("__file__", "script")).resolve().parent
     path = Path(args.demos or here / "experts" / f"{wanted.replace('/', '_')}.npz")
     check(path.is_file(), f"{path}: not found; --demos FILE, or experts/train.py {args.env_id}")
@@ -391,7 +391,7 @@ def load_demos(args, inputs, low, high):
         check(names[0] == names[1], f"demonstrations of {recorded}, expected {wanted}")
         size, whole = len(file["actions"]), file["actions"].dtype.kind != "f"
         check(not (low.shape and whole), "actions: integers, expected floats for a Box")
-        actions = column("actions", np.float32 if low.shape else np.int64, size, *low.shape)
+        actions = column("actions", kind, size, *low.shape)
         check((actions.clip(low, high) == actions).all(), f"actions outside {low} to {high}")
         observations = column("observations", np.float32, size, inputs)
         check(np.isfinite(observations).all(), "observations that are NaN or infinite")
@@ -454,12 +454,14 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                steps[i].append((row, action, reward, terminated, info.get("is_success")))
+                success = info.get("is_success")
+                success = None if success is None else bool(success)
+                steps[i].append((row, action, reward, terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        kinds = None, None, float, bool, float  # a reward of None becomes NaN
+        kinds = None, None, float, bool, float  # None becomes NaN
         played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
     return played[:episodes]
 
@@ -494,7 +496,8 @@ def occupancy_distances(held_out, samples):
     for name, episodes in {"held out": held_out, **samples}.items():
         observations, actions, *_ = tensors(episodes)
         if actions.ndim == 1:  # Discrete: one-hot
-            actions = actions[:, None] == torch.unique(tensors(samples["random"])[1])
+            taken = [tensors(x)[1] for x in (held_out, *samples.values())]
+            actions = actions[:, None] == torch.unique(torch.cat(taken))
         rows = np.random.default_rng(0).permutation(len(actions))[:2_000]
         pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
     expert = pairs.pop("held out")
@@ -559,6 +562,7 @@ class Run:
         self.steps, self.curve = 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
+        np.random.seed(args.seed)  # the scripts do not draw from it, but a task may
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -663,10 +667,11 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
-    with explained(args.evaluate):  # a policy whose task has other sizes
+    with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
@@ -706,6 +711,12 @@ def main(argv=None):
         words = shlex.join([sys.executable, sys.argv[0], *flags])
         say(f"{SCRIPT}.py: stopped; go on with: {words}", sys.stderr)
         return 128 + (Run.stopped_by or signal.SIGINT)
+    finally:  # Python would flush once more, and change the exit status if that fails
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except Exception:  # none, closed or full
+                setattr(sys, name, None)
 
 
 if __name__ == "__main__":
