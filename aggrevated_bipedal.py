@@ -473,11 +473,11 @@ def sizes(env_id):
         widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
         fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
         check(fits, f"actions {taken}, expected a bounded, flat Box of floats")
-        (first, _), (second, reward, *_) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, 0], float)  # raises, unless it is a number or None
+        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": len(first), "low": taken.low.tolist(), "high": taken.high.tolist()}
 
 

@@ -545,9 +545,10 @@ def train(args):
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:
-            recent[:] = [*recent, (policy_pairs, terminated.flatten())][-RECENT:]
+            newest = policy_pairs.cpu(), terminated.flatten().cpu()
+            recent[:] = [*recent, newest][-RECENT:]
             longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
-            policy_pairs = torch.cat(longer)
+            policy_pairs = torch.cat(longer).to(args.device)
 
         # 2. Train the discriminator.
         losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
@@ -738,11 +739,11 @@ def sizes(env_id):
             fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (first, _), (second, reward, *_) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, 0], float)  # raises, unless it is a number or None
+        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 

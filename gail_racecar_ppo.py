@@ -644,11 +644,11 @@ def sizes(env_id):
             fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (first, _), (second, reward, *_) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, 0], float)  # raises, unless it is a number or None
+        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 

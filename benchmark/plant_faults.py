@@ -37,10 +37,10 @@ FAULTS = {  # name: the text, and what takes its place
         "first = EVALUATION_SEEDS + 10_000 * args.seed +",
         "first = 10_000 * args.seed +",
     ),
-    "seed: the run's is not set": ("        torch.manual_seed(args.seed)\n\n", "\n"),
+    "seed: the run's is not set": ("        torch.manual_seed(args.seed)\n", ""),
     "a truncation taken for an end": (
-        'torch.where(batch["terminated"], end_values',
-        'torch.where(batch["terminated"] | batch["truncated"], end_values',
+        "torch.where(terminated, end_values",
+        "torch.where(terminated | truncated, end_values",
     ),
     "advantages run on over an end": (
         "gae_lambda * ~done[step] * advantage",
@@ -67,8 +67,8 @@ FAULTS = {  # name: the text, and what takes its place
     "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
     "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
     "a reward is read": (
-        "            self.actions[i].append(action)\n",
-        "            after[i] += 0 * reward\n            self.actions[i].append(action)\n",
+        "        self.actions[i].append(action)\n",
+        "        self.observations[i] += 0 * reward\n        self.actions[i].append(action)\n",
     ),
     "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
     "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),

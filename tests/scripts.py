@@ -85,7 +85,8 @@ class Case:
 
 
 def environment(**changes):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **changes}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **changes}
 
 
 def python(*words, **settings):

@@ -113,6 +113,16 @@ def test_other_streams(stream, tmp_path, finish, monkeypatch):
     assert BC.main(*argv) == 0 and same(weights(tmp_path / "run"), weights(finish(BC)))
 
 
+@pytest.mark.parametrize("flags, status", [("", 0), ("--help", 0), ("--seed x", 2)])
+def test_a_full_stream(flags, status, tmp_path):
+    """Python tries to write what is left once more at its end; that must not change the status."""
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": full, "stderr": full}
+        argv = BC.argv("--env-id", "toys:Toy-v0", "--out", tmp_path / "run", *flags.split())
+        process = BC.start(*argv, **streams)
+        assert process.wait(120) == status
+
+
 def test_a_name_in_another_encoding(tmp_path):
     """In Latin-1, as the file system has it; Python hides such bytes in surrogates."""
     assert BC.main(*BC.argv("--out", tmp_path / "caf\udce9")) in (0, 1, 2)

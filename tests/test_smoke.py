@@ -27,7 +27,7 @@ def test_the_default_task(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert case.main(*flags, "--total-steps", 2 * case.every) == 0
     printed = capsys.readouterr()
-    lines = printed.out.splitlines()[case.queries :]  # first comes the expert that is queried
+    lines = printed.out.splitlines()
     (folder,) = (tmp_path / "runs").iterdir()
     env_id = read_json(folder / "args.json")["env_id"]
     assert folder.name.startswith(f"{case.script}__{env_id}__1__")

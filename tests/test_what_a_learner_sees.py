@@ -199,5 +199,9 @@ def test_an_episode_without_an_end_is_cut(tmp_path):
     assert read_json(tmp_path / "run" / "summary.json")["learner"]["length_mean"] == 10_000
 
 
-def test_actions_are_in_a_box_whose_bounds_no_float32_has(tmp_path):
-    PPO.run(tmp_path / "run", "--env-id", "Rounding-v0", "--demos", demos("Rounding-v0"))
+@pytest.mark.parametrize("env_id", ["Rounding-v0", "HalfBox-v0", "Last-v0", "Late-v0"])
+def test_actions_are_in_the_task_s_space(env_id, tmp_path):
+    """A box whose bounds no float32 has, or of narrower floats; Discrete up to its dtype's end."""
+    PPO.run(tmp_path / "run", "--env-id", env_id, "--demos", demos(env_id))
+    success = read_json(tmp_path / "run" / "summary.json")["learner"].get("success_rate")
+    assert success == (1 if env_id == "Late-v0" else None)

@@ -21,10 +21,11 @@ SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array fo
 
 
 class Toy(gym.Env):
-    observation_space, pays, success = Box(-np.inf, np.inf, (3,), np.float64), 1.0, None
+    observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
+    success = last = None
 
-    def __init__(self, box=False, remembers=False, **others):
-        self.action_space = Discrete(3, start=1, **KIND)
+    def __init__(self, box=False, remembers=False, start=1, **others):
+        self.start, self.action_space = start, Discrete(3, start=start, **KIND)
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.remembers, self.resets = box, remembers, 0
@@ -33,7 +34,7 @@ class Toy(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.resets, self.over = self.resets + 1, False
+        self.resets, self.over, self.steps = self.resets + 1, False, 0
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * (self.resets - 1) * self.remembers
         return self.observe(), {"x": self.x}
 
@@ -43,13 +44,16 @@ class Toy(gym.Env):
 
     def step(self, action):
         assert action in self.action_space and not self.over, action
-        push = float(action[0] + action[1] - 1 if self.box else action - 2)
+        push = float(action[0] + action[1] - 1 if self.box else int(action) - self.start - 1)
         self.x += 0.3 * push + self.np_random.normal(0, 0.05)
         if self.box:
             action *= 0
         info = {"x": self.x, "episode": None, "is_success": self.success}
         info |= {"touches": np.zeros(self.resets % 3), "kind": None if self.resets % 2 else 1}
         self.over = bool(abs(self.x) > 1)
+        self.steps += 1
+        if self.last is not None and (self.over or self.steps == 12):
+            info["is_success"] = self.last
         return self.observe(push), self.pays - abs(self.x), self.over, False, info
 
 
@@ -94,9 +98,9 @@ REFUSED = {
     "Unbounded-v0": {"action_space": Box(-np.inf, 1, (2,))},
     "Matrix-v0": {"action_space": Box(-1, 1, (2, 2))},
     "Integers-v0": {"action_space": Box(-1, 1, (2,), np.int64)},
-    "Half-v0": {"action_space": Box(-1, 1, (2,), np.float16), "box": True},
     "Narrow-v0": {"action_space": Box(np.float32([-1, 0]), np.float32([1, 0]))},
-    "Huge-v0": {"action_space": Box(-3e38, 3e38, (2,))},
+    "Huge-v0": {"action_space": Box(-1.5e38, 1.5e38, (2,))},
+    "Thin-v0": {"action_space": Box(1e9, 1e9 + 10, (2,), np.float64)},  # one value, as float32
     "Short-v0": {"observation_space": Box(-1, 1, (4,))},  # it gives three
     "NaN-v0": {"remembers": np.nan, "box": True},
     "Pay-v0": {"pays": np.ones(1), "box": True},
@@ -105,6 +109,9 @@ REFUSED = {
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
 TOYS["RememberingBox-v0"] = {"box": True, "remembers": True}
 TOYS["Rounding-v0"] = {"box": True, "action_space": Box(-0.1, 0.1, (2,), np.float64)}
+TOYS["HalfBox-v0"] = {"box": True, "action_space": Box(-1, 1, (2,), np.float16)}
+TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
+TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
@@ -121,11 +128,12 @@ def demonstrations(name, episodes=24):
     for seed in range(episodes):
         (observation, _), over, start = env.reset(seed=seed), False, True
         while not over:
-            push = np.clip(-3 * observation[0], -1, 1)
-            action = np.float32([push, 1]) if "Box" in name else int(2 + np.round(push))
-            if name == "Rounding-v0":
-                action = np.float64([push, 1]) / 10
-            following, reward, end, cut, _ = env.step(action)
+            push, space = np.clip(-3 * observation[0], -1, 1), env.action_space
+            if isinstance(space, Box):
+                action = np.array([push, 1], space.dtype) * space.high.min()
+            else:
+                action = space.dtype.type(space.start + (1 if space.n < 3 else 1 + np.round(push)))
+            following, reward, end, cut, _ = env.step(action.copy())
             steps.append((observation.astype(np.float32), action, start, np.float32(reward)))
             observation, over, start = following, end or cut, False
         terminated.append(end)
