@@ -44,6 +44,14 @@ HARMLESS += ["use_expln", "clip_mean", "share_features_extractor", "normalize_im
 DROPPED = r"(actor\.log_std|actor_target\.mu\.\d+|critic(_target)?\.qf\d+\.\d+)\.(weight|bias)"
 
 
+def say(text):
+    """Print a line. A stream that is closed or full must not change the exit status."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None  # or Python would try again at its end
+
+
 class Unwritten(Exception):
     """The result cannot be written: one line on stderr, exit status 1."""
 
@@ -206,9 +214,9 @@ def convert(args, argv):
     again = actions(ours, names, saved["settings"], x).numpy()
     check(np.array_equal(again, act(probe)), f"--out {out}: not the model's actions, a bug")
     write(out, whole.getbuffer())
-    print(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
-    print(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
-    print("If that is too low: was it trained inside VecNormalize? No zip says that.")
+    say(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
+    say(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
+    say("If that is too low: was it trained inside VecNormalize? No zip says that.")
 
 
 def main(argv=None):

@@ -32,6 +32,14 @@ ARRAYS = {"observations": "fiu", "actions": "fiu", "rewards": "fiu"}
 ARRAYS |= {"terminations": "b", "truncations": "b"}
 
 
+def say(text):
+    """Print a line. A stream that is closed or full must not change the exit status."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None  # or Python would try again at its end
+
+
 class Unwritten(Exception):
     """The result cannot be written: one line on stderr, exit status 1."""
 
@@ -184,8 +192,8 @@ def convert(args, argv):
     whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
     np.savez_compressed(whole, **joined, metadata=json.dumps(metadata))
     write(out, whole.getbuffer())
-    print(f"{out}: {env_id}, {len(steps)} episodes, {sum(steps)} steps")
-    print(f"returns {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+    say(f"{out}: {env_id}, {len(steps)} episodes, {sum(steps)} steps")
+    say(f"returns {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
 
 def main(argv=None):

@@ -38,6 +38,14 @@ import numpy as np
 from racecar_env import WaypointController, pybullet
 
 
+def say(text):
+    """Print a line. A stream that is closed or full must not change the exit status."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None  # or Python would try again at its end
+
+
 class Lap(NamedTuple):
     """One episode. The last observation is not kept: no action followed it."""
 
@@ -175,7 +183,7 @@ def save_demonstrations(path: Path, laps: list[Lap], metadata: dict) -> None:
         Path(folder, "demos.npz").write_bytes(whole.getbuffer())
         if path.exists():  # since the laps began: neither is lost
             path = path.with_stem(f"{path.stem}_{os.getpid()}")
-            print(f"written to {path}")
+            say(f"written to {path}")
         os.replace(f"{folder}/demos.npz", path)
 
 
@@ -255,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.video:
             lap = film_lap(args.video, WaypointController(args.throttle), args.seed)
-            print(f"{args.video}: {len(lap.actions)} steps, finish reached: {lap.is_success}")
+            say(f"{args.video}: {len(lap.actions)} steps, finish reached: {lap.is_success}")
         if args.demos or args.render or args.drive:
             laps = drive_laps(args)
             steps = [len(lap.actions) for lap in laps if lap.is_success]
@@ -264,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
                 parser.error(f"{summary}: no demonstrations are written")
             if args.demos:
                 save_demonstrations(args.demos, laps, metadata)
-            print(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
+            say(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, gym.error.DependencyNotInstalled) as error:  # no display; no moviepy

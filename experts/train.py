@@ -122,6 +122,14 @@ def check(condition, message):
         raise BadInput(message)
 
 
+def say(text):
+    """Print a line. A stream that is closed or full must not change the exit status."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None  # or Python would try again at its end
+
+
 def write(path, save):
     """Call save(file): afterwards `path` is whole, or as it was."""
     whole = io.BytesIO()  # on a full disk torch.save hides the error, and NumPy 1 prints another
@@ -164,15 +172,15 @@ def make_env(env_id, least_reward=-np.inf):
     except Exception as error:  # a task may raise anything
         raise BadInput(f"{env_id}: {' '.join(str(error).split())[:400]}") from None
     seen, done = env.observation_space, env.action_space
-    flat = isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1
-    check(flat, f"{env_id}: found observations {seen}, expected a flat Box")
+    flat = isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
+    check(flat, f"{env_id}: found observations {seen}, expected a flat Box of floats")
     discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
     box = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.is_bounded()
     box = box and done.dtype.kind == "f"
     kinds = "Discrete from 0 or a flat, bounded Box of floats"
     check(discrete or box, f"{env_id}: found actions {done}, expected {kinds}")
     space = gym.spaces.Box(seen.low.astype(np.float32), seen.high.astype(np.float32))
-    env = gym.wrappers.TransformObservation(env, lambda x: x.astype(np.float32), space)
+    env = gym.wrappers.TransformObservation(env, lambda x: np.array(x, np.float32), space)
     return gym.wrappers.TransformReward(env, lambda reward: max(float(reward), least_reward))
 
 
@@ -265,7 +273,7 @@ def play(policy, env_id, episodes, seed, sampled=False):
     generator = np.random.default_rng(seed) if sampled else None
     for i in range(episodes):
         (observation, _), over, steps = env.reset(seed=seed + i), False, []
-        while not over:
+        while not over and len(steps) < 10_000:  # a task may have no limit of its own
             action = policy.act(observation, generator)
             taken = np.array(action, env.action_space.dtype)[()]  # a copy: a task may write to it
             if taken.ndim:  # float32 may have rounded the bounds
@@ -388,8 +396,8 @@ class Train(BaseCallback):
         return self.steps >= self.args.total_steps or best >= self.args.until
 
     def _on_training_start(self):  # no bar unless stderr is a terminal
-        total = self.args.total_steps
-        self.bar = tqdm(total=total, initial=self.steps, unit=" steps", disable=None)
+        total, hidden = self.args.total_steps, None if sys.stderr else True
+        self.bar = tqdm(total=total, initial=self.steps, unit=" steps", disable=hidden)
         self.save()
 
     def _on_rollout_start(self):
@@ -428,7 +436,7 @@ class Train(BaseCallback):
         curve = json.dumps({**about, "curve": self.curve}, indent=1)
         write(args.out / "curve.json", lambda file: file.write(curve.encode()))
         self.bar.clear()
-        print(f"{self.steps:>9,} steps: {describe(point)}", flush=True)
+        say(f"{self.steps:>9,} steps: {describe(point)}")
 
     def save(self):
         state = {name: getattr(self, name) for name in ("steps", "curve", "best", "average")}
@@ -480,7 +488,7 @@ def make(args):
         if path and sampled not in played:
             played[sampled] = play(policy, args.env_id, number, SCORE_SEEDS, sampled)
             score = statistics(played[sampled])
-            print(f"{'sampled' if sampled else 'greedy'}, fresh episodes: {describe(score)}")
+            say(f"{'sampled' if sampled else 'greedy'}, fresh episodes: {describe(score)}")
             mean, least = score["return_mean"], args.at_least
             if not mean >= least:
                 raise Failed(f"found an expert's return of {mean:.1f}, expected {least:g} or more")
@@ -488,11 +496,11 @@ def make(args):
     if args.expert:
         about["score"] = statistics(played[False])
         policy.save(args.expert, about["env_id"], about)
-        print(args.expert)
+        say(args.expert)
     if args.demos:
         about["score"] = statistics(played[args.sampled])
         record(args, played[args.sampled][: args.episodes], about)
-        print(args.demos)
+        say(args.demos)
 
 
 def record(args, episodes, about):
@@ -521,7 +529,7 @@ def pick(args):
     for path in sorted(files, key=lambda path: int(path.stem)):
         policy, env_id, source = load_policy(path)
         result = statistics(play(policy, env_id, CHECKED, SELECTION_SEEDS))
-        print(f"{path}: {describe(result)}", flush=True)
+        say(f"{path}: {describe(result)}")
         if args.pick[0] <= result["return_mean"] <= args.pick[1]:
             if args.expert:
                 score = statistics(play(policy, env_id, CHECKED, SCORE_SEEDS))
@@ -635,7 +643,7 @@ def main(argv=None):
         if args.score:
             policy, env_id, _ = load_policy(args.score)
             result = statistics(play(policy, env_id, CHECKED, SCORE_SEEDS))
-            print(f"{args.score}: {describe(result)}")
+            say(f"{args.score}: {describe(result)}")
         elif args.pick:
             pick(args)
         else:
