@@ -15,15 +15,16 @@ Algorithm 1) repeats:
     uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5    uv installs all
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
---bc-weight 0` learns nothing from the expert and balances too. `occupancy_distance` in summary.json
+--bc-weight 0` learns no action of the expert and balances too. `occupancy_distance` in summary.json
 tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs/gail_cartpole.md
 has the results.
 
 Deviations from the paper, by their numbers in the code: (1) PPO, with a limit to the KL divergence,
 or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout, step
-sizes that fall; (4) an entropy bonus for Discrete actions alone, not discounted; (5) a mean of the
-policies is kept; (6) other reward forms, and a reward for what follows a termination (--absorbing);
-(7) cloning's loss beside PPO's: --bc-weight 0 is GAIL alone (REINFORCE's default).
+sizes that fall; (4) an entropy bonus for Discrete actions alone, and not in the return; (5) a mean
+of the policies is kept; (6) other reward forms; --absorbing: a reward for what follows a
+termination, and ten rollouts for D; (7) cloning's loss beside step 4's: --bc-weight 0 is GAIL alone
+(REINFORCE's default).
 """
 
 # /// script
@@ -68,9 +69,10 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
+# From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run. The reason
+# for a constant stands where it is used.
 
-SCRIPT = "gail_cartpole"  # names files and folders
+SCRIPT = "gail_cartpole"  # names files and folders; for the harness, like the next
 SIDE_BY_SIDE = 50  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
@@ -104,7 +106,7 @@ def add_settings(parser, argv):
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
-    flag("--target-kl", type=real, default=0.03, help="PPO's limit, per number of an action")
+    flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
     flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -117,9 +119,9 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
-    # Defaults that depend on other flags; what is given, or what --resume brings, replaces them.
+    # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
     if parser.parse_known_args(argv)[0].num_pairs:
-        parser.set_defaults(bc_weight=0.1)  # scattered pairs are soon known by heart: less cloning
+        parser.set_defaults(bc_weight=0.1)  # few pairs, soon known by heart
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -161,7 +163,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # Saved in policy.pt beside the weights; so these leave out the box (persistent=False).
+        # policy.pt has these beside the weights, which so need not have the box: persistent=False.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -170,7 +172,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.7
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.6 + LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -223,8 +225,8 @@ class Discriminator(nn.Module):
         """What follows if an episode terminates after these pairs: their own observations (not what
         the step led to) made small, zeros for the action, the flag. (..., size of a pair) -> same
 
-        Small, so that D can tell a crash from a landing, but not learn the expert's few ends by
-        heart: then it would pay for no others, and policies would not end at all."""
+        Small: D can tell a crash from a landing, but not learn the expert's few ends by heart. If
+        it did, it would reward no other ends, and policies would avoid ending at all."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -232,18 +234,18 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
-        `terminated` is 0, or 1 after a pair that ends an episode (if --num-pairs, a flag below,
-        left out some of the expert's other pairs: the share that it kept). The absorbing state
-        lasts for ever. Discounted, that is as long as 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
-        steps: so many copies D sees (100 with gamma 0.99), times `terminated`. DAC (Kostrikov et
-        al. 2019, algorithm 1) adds one copy, of a state that is the same after every episode."""
+        `terminated` is 1 at a pair that terminates an episode, else 0. The absorbing state lasts
+        for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps. D sees as many
+        copies, 100 with gamma 0.99. If --num-pairs (a flag of the harness) kept only a share of the
+        expert's other pairs, that share stands in place of 1, and copies are fewer. DAC (Kostrikov
+        et al. 2019, algorithm 1) adds one, of a state that is the same after every episode."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """Pairs and ends of the last rollouts; a checkpoint has them. A single rollout has few ends or
-    many, by chance: D would pay much for them, or little."""
+    """Pairs and ends of the last rollouts, saved in checkpoints. How many ends one rollout has is
+    chance: with few, D would pay too much for an end; with many, too little."""
 
     state_dict, load_state_dict = list.copy, list.extend
 
@@ -257,7 +259,7 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """DEVIATION (2): (|logit gradient| - 1)^2 between both kinds (Gulrajani et al. 2017, eq. 3)."""
+    """DEVIATION (2): (|logit gradient| - 1)^2 at mixed pairs (Gulrajani et al. 2017, eq. 3)."""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
@@ -268,7 +270,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Lengths are favoured only without absorbing states, when nothing is paid after an end."""
+    Without absorbing states nothing is paid after an end: then the sign favours a length."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -295,7 +297,7 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip):
 
 
 def reinforce_loss(log_probs, advantages):
-    """Minus log pi times advantage (Williams 1992, with a baseline): (batch,) twice -> ()."""
+    """Minus the mean of log pi * advantage (Williams 1992, with a baseline): (batch,) x 2 -> ()."""
     return -(log_probs * advantages).mean()
 
 
@@ -321,9 +323,9 @@ def move_average(average, policy, rate):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
-    environments, a checkpoint can bring them back: it has each episode's seed and its actions, to
-    be replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
+    back, unlike Gymnasium's vector environments: it has each episode's seed and its actions, to be
+    replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -333,7 +335,7 @@ class Environments:
         self.reset()
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes, and only these, are cut at different lengths. 0: not at all.
+        # So the first episodes, and only these, are cut at different lengths.
         longest = self.envs[0].spec.max_episode_steps or 0
         self.cuts = [longest * i // num_envs for i in range(num_envs)]
 
@@ -341,7 +343,7 @@ class Environments:
         for i in range(len(self.envs)):
             self.begin(i)
 
-    def begin(self, i, seed=None, cut=0):
+    def begin(self, i, seed=None, cut=0):  # 0: is not cut
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
@@ -350,7 +352,7 @@ class Environments:
         """A step of one environment: is its episode terminated, is it truncated?"""
         self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
         self.actions[i].append(action)
-        self.returns[i] += np.float64(reward)  # None: NaN
+        self.returns[i] += np.float64(reward)  # a reward of None: NaN
         return terminated, truncated or len(self.actions[i]) == self.cuts[i]
 
     def step(self, actions):
@@ -436,13 +438,17 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    DEVIATION (1): clipping does not bound a policy's change. So once a pass took it farther than
-    --target-kl per number of an action (their KLs add up), the other passes train the critic alone.
+    DEVIATION (1): clipping does not bound a policy's change. So once a pass moved it farther than
+    --target-kl per action dimension (their KLs add up), the other passes train the critic alone.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
     GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
     expert never was."""
+    observations, actions, advantages, returns = columns
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    old = policy(observations)
+    old_log_probs = old.log_prob(actions).detach()
     # DEVIATION (4). None for a Gaussian: its entropy has no bound, so samples would leave the box.
     entropy_weight = args.entropy * policy.discrete
 
@@ -451,13 +457,9 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
             return 0.0
         return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
 
-    observations, actions, advantages, returns = columns
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    new = policy(observations)
-    old_log_probs = new.log_prob(actions).detach()
     if args.policy_gradient == "reinforce":
-        policy_loss = reinforce_loss(new.log_prob(actions), advantages)
-        descend(optimizer, policy_loss + cloning_loss() - entropy_weight * new.entropy().mean())
+        policy_loss = reinforce_loss(old.log_prob(actions), advantages)
+        descend(optimizer, policy_loss + cloning_loss() - entropy_weight * old.entropy().mean())
     kl, target_kl = 0.0, args.target_kl * actions[0].numel()
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
@@ -468,7 +470,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
                 policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
                 loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
                 loss = loss + cloning_loss()
-            descend(optimizer, loss)  # if it is the critic's alone, Adam leaves the policy as it is
+            descend(optimizer, loss)  # the critic's alone: Adam skips the policy, without gradients
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
@@ -486,7 +488,7 @@ def diagnose(scalars, args, absorbing, terminating):
 
     -log(1 - D) is never negative: it pays for not ending. A reward whose deviation is below a tenth
     of its mean ranks all actions nearly alike. If D is right about 99 of 100 pairs of both kinds,
-    its rewards hardly differ where the policy is."""
+    its rewards hardly differ among the policy's."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if terminating and not absorbing and args.reward == "gail" and args.control == "none":
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
@@ -500,14 +502,14 @@ def diagnose(scalars, args, absorbing, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # All demonstrations, (pairs, ...) each; `ends` is `terminated` of add_absorbing_pairs.
+    # All demonstrations, (pairs, ...) each; ends: 1 (or a share) where one terminates, else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    layers = *mlp(run.sizes["inputs"], args.hidden, 1), nn.Flatten(-2)
-    critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., inputs) -> (...)
+    layers = *mlp(run.sizes["inputs"], args.hidden, 1), nn.Flatten(-2)  # drops the 1
+    critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., n, in) -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
@@ -544,11 +546,11 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:
+        if absorbing:  # of the last rollouts, with absorbing pairs
             newest = policy_pairs.cpu(), terminated.flatten().cpu()
             recent[:] = [*recent, newest][-RECENT:]
-            longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
-            policy_pairs = torch.cat(longer).to(args.device)
+            whole = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
+            policy_pairs = torch.cat(whole).to(args.device)
 
         # 2. Train the discriminator.
         losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
@@ -565,10 +567,10 @@ def train(args):
             end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
             values, next_values = critic(observations), critic(next_observations)
             next_values = torch.where(terminated, end_values, next_values)
-            scaled, discounts = rewards * (1 - args.gamma), (args.gamma, args.gae_lambda)
-            done = terminated | truncated
-            advantages = generalized_advantages(scaled, values, next_values, done, *discounts)
-            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
+            scaled, done = rewards * (1 - args.gamma), terminated | truncated
+            factors = args.gamma, args.gae_lambda
+            advantages = generalized_advantages(scaled, values, next_values, done, *factors)
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # no absorbing ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
@@ -594,7 +596,7 @@ def train(args):
         run.record(scalars, average)  # logs; evaluates and saves when it is time
     for env in envs.envs:
         env.close()
-    # run.curve has each evaluation's scalars: none if --resume ends a run before its first one.
+    # run.curve: each evaluation's scalars; empty if a resumed run ends before its first one.
     advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
     return run.finish(average, advice)
 

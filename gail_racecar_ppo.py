@@ -239,7 +239,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Lengths are favoured only without absorbing states, when nothing is paid after an end."""
+    Without absorbing states nothing is paid after an end: then the sign favours a length."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -274,9 +274,9 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. Unlike Gymnasium's vector
-    environments, a checkpoint can bring them back: it has each episode's seed and its actions, to
-    be replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
+    back, unlike Gymnasium's vector environments: it has each episode's seed and its actions, to be
+    replayed. Training's seeds lie below EVALUATION_SEEDS."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -295,7 +295,7 @@ class Environments:
         """A step of one environment: is its episode terminated, is it truncated?"""
         self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
         self.actions[i].append(action)
-        self.returns[i] += np.float64(reward)  # None: NaN
+        self.returns[i] += np.float64(reward)  # a reward of None: NaN
         return terminated, truncated
 
     def step(self, actions):
@@ -401,7 +401,7 @@ def diagnose(scalars):
     """What to advise if the run is not solved, from the scalars at its last evaluation.
 
     A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, its rewards hardly differ where the policy is."""
+    right about 99 of 100 pairs of both kinds, its rewards hardly differ among the policy's."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it teaches how long to last, and little else"
@@ -420,8 +420,8 @@ def train(args):
     policy = Policy(args.hidden).to(args.device)
     expert_actions = policy.from_env(expert_actions)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)
-    critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., 9) -> (...)
+    layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # drops the 1
+    critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., n, 9) -> (..., n)
     discriminator = Discriminator(args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
@@ -479,9 +479,9 @@ def train(args):
             values, next_values = critic(observations), critic(next_observations)
             next_values = torch.where(terminated, end_values, next_values)
             done = terminated | truncated
-            discounts = args.gamma, args.gae_lambda
-            advantages = generalized_advantages(rewards, values, next_values, done, *discounts)
-            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # not appended ones
+            factors = args.gamma, args.gae_lambda
+            advantages = generalized_advantages(rewards, values, next_values, done, *factors)
+            expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # no absorbing ones
         returns = advantages + values  # what followed, as estimated: the critic's targets
 
         # 4. Take PPO's steps on the advantages.
