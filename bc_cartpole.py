@@ -4,9 +4,9 @@ The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/n
     repeat  draw a minibatch of the expert's (state, action) pairs
             take a step on -log pi(action | state)
 No environment is stepped. Nothing teaches the policy what to do in states the expert never visited:
-its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). The loss on pairs
-that were set aside does not show this: their states, too, are the expert's. What is kept is an
-average of the weights, from when its loss on a fifth of the pairs, not learnt from, was least.
+its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). A loss on held-out
+pairs does not show this: their states, too, are the expert's. The policy that is kept has averaged
+weights: the average whose loss on a fifth of the pairs, set aside from training, was least.
 
     python bc_cartpole.py --total-steps 500         a look around: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
@@ -118,7 +118,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # Saved in policy.pt beside the weights; so these leave out the box (persistent=False).
+        # policy.pt has these beside the weights, which so need not have the box: persistent=False.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -189,10 +189,10 @@ def train(args):
     # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
     # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
-    best = nn.Sequential(copy.deepcopy(policy))  # the average whose loss on `checked` was least
+    best = nn.Sequential(copy.deepcopy(policy))  # a module, so that a checkpoint holds the loss too
     best.register_buffer("loss", torch.tensor(math.inf))
-    fifth, rows = len(actions) // 5, torch.randperm(len(actions))
-    checked, learnt = rows[: max(fifth, 1)], rows[fifth:]  # of one to four pairs one is in both
+    fifth, rows = len(actions) // 5, torch.randperm(len(actions))  # by --seed: resumed, the same
+    checked, learnt = rows[: max(fifth, 1)], rows[fifth:]  # below five pairs, one is in both
     run.start(policy=policy, average=average, best=best, optimizer=optimizer)
 
     while run.steps < args.total_steps:
@@ -210,11 +210,11 @@ def train(args):
                 if loss < best.loss:
                     best[0].load_state_dict(average.state_dict())
                     best.loss.copy_(loss)
-                if run.held_out:  # the last policy's, for the log
+                if run.held_out:  # for the log alone: of the policy itself, not of the average
                     seen, taken, *_ = tensors(run.held_out, args.device)
                     loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
                     scalars["losses/held_out"] = float(loss)
-            run.record(scalars, best[0])
+            run.record(scalars, best[0])  # logs; evaluates and saves when it is time
     return run.finish(best[0])
 
 

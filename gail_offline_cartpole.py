@@ -3,8 +3,8 @@
 GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. Repeat, on
 minibatches of the expert's states:
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
-    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions, along the
-       natural gradient in its logits.
+    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions; the
+       gradient that reaches its logits is the natural one.
 Actions must be Discrete: then expectations over them are exact, and no action is sampled.
 
     python gail_offline_cartpole.py --total-steps 500       a look around: a second of training
@@ -13,14 +13,14 @@ Actions must be Discrete: then expectations over them are exact, and no action i
     python gail_offline_cartpole.py --env-id Acrobot-v1     another task with Discrete actions
 
 On CartPole expect a return of about 480 of 500 from one demonstration and 500 from four, after six
-seconds of training. It is cloning in adversarial clothes: all states come from the expert, so
+seconds of training. It is cloning in disguise: all states come from the expert, so
 nothing is learnt about the states that errors lead to. Results: docs/gail_offline_cartpole.md.
 
 Deviations from the paper: (1) no environment; (2) D subtracts log pi(a|s) from its network's output
 (Fu et al. 2018, AIRL, section 4), so that the network's target, log pi_expert, stands still while
 the policy moves: without that the two chase each other, and more updates help little; (3) exact
 expectations over actions; (4) the reward log D - log(1 - D) in place of -log(1 - D); (5) the
-natural gradient, with neither a line search nor a return.
+natural gradient in the logits, of one step's reward: no trust region, no line search, no return.
 """
 
 # /// script
@@ -81,7 +81,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each update of D")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
-    # The default is the budget; what is given, or what --resume brings, takes its place.
+    # Without --schedule it is the budget; a resumed run keeps the one that it had.
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -113,7 +113,7 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, from `low` to `high`; the policy's own count from 0.
+    """A softmax over Discrete actions, from `low` to `high`; the policy itself counts from 0.
 
     Observations (..., inputs) -> a distribution over (...)"""
 
@@ -143,7 +143,7 @@ def discriminator_logits(discriminator, observations, log_probs):
 
 
 def expected_discriminator_loss(logits, expert_actions, log_probs):
-    """Cross-entropy, expert = 1, exact over the policy's actions: (batch, n), (batch,) -> ()."""
+    """Cross-entropy, expert = 1, exact over actions: (batch, n), (batch,), (batch, n) -> ()."""
     expert_logits = logits.gather(1, expert_actions[:, None]).squeeze(1)
     policy_term = (log_probs.exp() * F.softplus(logits)).sum(-1)
     return (F.softplus(-expert_logits) + policy_term).mean()
@@ -152,8 +152,8 @@ def expected_discriminator_loss(logits, expert_actions, log_probs):
 def natural_policy_loss(log_probs, rewards):
     """Its gradient in the logits is minus the expected reward's natural gradient (Kakade 2001).
 
-    Every action counts alike, however improbable; the rewards, though log pi is in them, count as
-    constants: (batch, n) both -> ()."""
+    That is the centred rewards, without a factor pi(a|s). Their own gradient, that of -log pi, has
+    mean 0 under pi: so they count as constants. (batch, n) both -> ()"""
     centred = rewards - rewards.mean(-1, keepdim=True)
     return -(log_probs * centred.detach()).sum(-1).mean()
 
@@ -177,7 +177,7 @@ def train(args):
     actions = actions - run.sizes["low"]
     policy.standardise.measure(observations)
     layers = mlp(run.sizes["inputs"], args.hidden, policy.network[-1].out_features)
-    discriminator = nn.Sequential(policy.standardise, layers).to(args.device)  # f(s, .)
+    discriminator = nn.Sequential(policy.standardise, layers).to(args.device)  # f, not D's logits
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), fused=True)
     parts = {"policy": policy, "discriminator": discriminator}
@@ -198,7 +198,7 @@ def train(args):
         # 2. Improve the policy. Its reward, log D - log(1 - D), is D's logit.
         for _ in range(args.policy_updates):
             rows = torch.randint(len(actions), (args.batch_size,))
-            log_probs = policy(observations[rows]).logits
+            log_probs = policy(observations[rows]).logits  # log pi, (batch, n)
             rewards = discriminator_logits(discriminator, observations[rows], log_probs)
             policy_loss = natural_policy_loss(log_probs, rewards)
             descend(optimizer, policy_loss)

@@ -15,9 +15,9 @@ Needs racecar_env.py in the same folder. By the end of the default run, expect n
 reach the finish; docs/gail_racecar_reinforce.md has the results, and the reasons for the choices
 below.
 
-Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D, in fixed
-units, and twenty D updates per rollout; (3) two absorbing states, one after the finish and one
-after a wall, which D judges as well: so a crash costs more than the rewards that it cuts off. For
+Deviations from the paper: (1) REINFORCE in place of TRPO; (2) a gradient penalty on D, in UNITS
+below, and twenty D updates per rollout; (3) two absorbing states, one after the finish and one
+after a wall, which D judges as well: the finish pays for ever, and a crash forfeits that. For
 this, the script is told where the finish lies; (4) a standard deviation of the actions that falls
 on a schedule, in place of an entropy bonus; (5) a moving average of the policies is evaluated and
 kept; (6) a choice of reward forms: the paper's is `gail`.
@@ -137,7 +137,7 @@ def mlp(inputs, hidden, outputs):
 def spread(layer, inputs):
     """Choose a first layer's biases so that each tanh is centred on one of the inputs: (rows, in).
 
-    PyTorch's own centre them all near the track's origin; far from there, a network is flat."""
+    PyTorch's own biases centre them near the track's origin; far from there, a network is flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
@@ -205,7 +205,7 @@ class Discriminator(nn.Module):
         """Add 1 / (1 - gamma) pairs for each end: (n, 13), (ends,) bool -> (more, 13).
 
         An absorbing state lasts for ever. Discounted, that is as much as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps, and so is its share of what D should see."""
+        = 1 / (1 - gamma) steps: so many times D sees it."""
         rows = round(1 / (1 - gamma))
         return torch.cat([pairs, self.absorbing_pairs(finished).repeat(rows, 1)])
 
@@ -404,11 +404,10 @@ def train(args):
     known = args.env_id.split(":")[-1] == "RaceCar-v0"
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # All demonstrations, (pairs, ...) each; `ends`: 1 after a pair that ends an episode, else 0.
+    # All demonstrations, (pairs, ...) each; ends: 1 at a pair that terminates an episode, else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(args.hidden).to(args.device)
     expert_actions = policy.from_env(expert_actions)
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # drops the 1
     critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., n, 9) -> (..., n)
     discriminator = Discriminator(args.hidden).to(args.device)
@@ -424,12 +423,13 @@ def train(args):
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, 13)
     spread(discriminator.network[0], expert_pairs)
     for network in (critic, policy.network):
-        spread(network[1], network[0](expert_observations))
+        spread(network[1], network[0](expert_observations))  # [0]: Features
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        finished = ends[ends > 0].bool()  # such laps are taken to end at the finish
-        expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, finished, args.gamma)
+        laps = ends[ends > 0].bool()  # all True: a lap that ends is taken to end at the finish
+        expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, laps, args.gamma)
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
@@ -451,8 +451,8 @@ def train(args):
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, 13)
         finished = at_finish(next_observations)  # (num_steps, num_envs)
         if absorbing:
-            ends = finished[terminated]  # (ends,): is it at the finish?
-            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, ends, args.gamma)
+            outcomes = finished[terminated]  # (ends,): at the finish, or at a wall?
+            policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, outcomes, args.gamma)
 
         # 2. Train the discriminator.
         losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
