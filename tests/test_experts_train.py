@@ -116,3 +116,9 @@ def test_discrete_actions_are_those_of_the_model(algorithm):
     policy = train.Policy(algorithm, train.layers_of(model, algorithm), model.action_space)
     expected = model.predict(states, deterministic=True)[0].tolist()
     assert [policy.act(state) for state in states] == expected and len(set(expected)) == 2
+
+
+def test_an_episode_without_an_end_is_cut():
+    always = type("Always", (), {"act": lambda self, observation, generator: 1})()
+    (played,) = train.play(always, "toys:Endless-v0", 1, 0)
+    assert len(played["rewards"]) == 10_000 and not played["terminated"]

@@ -170,6 +170,16 @@ def test_only_discrete_actions_get_an_entropy_bonus(way, tmp_path):
         assert torch.equal(*found) == box
 
 
+def test_cloning_counts_less_among_random_pairs(tmp_path):
+    """A tenth, unless it is given; not at all by REINFORCE. A resumed run keeps its weight."""
+    few, reinforce = ["--num-pairs", "5"], ["--policy-gradient", "reinforce"]
+    for words, weight in (([], 1), (few, 0.1), ([*few, "--bc-weight", "2"], 2), (reinforce, 0)):
+        assert gail.parse_args(words).bc_weight == weight
+    assert gail.parse_args([*few, *reinforce]).bc_weight == 0
+    PPO.run(tmp_path / "run", *few, iterations=1)
+    assert gail.parse_args(["--resume", str(tmp_path / "run")]).bc_weight == 0.1
+
+
 @pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR], ids=str)
 def test_step_sizes_fall_over_the_first_budget(case, tmp_path):
     """On REINFORCE's race car over two. A run that is resumed keeps its own schedule."""

@@ -199,6 +199,15 @@ def test_an_episode_without_an_end_is_cut(tmp_path):
     assert read_json(tmp_path / "run" / "summary.json")["learner"]["length_mean"] == 10_000
 
 
+@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+def test_a_task_that_draws_from_numpys_own_generator(case, tmp_path):
+    """The seed fixes that, too."""
+    task = ["--env-id", "Careless-v0", "--demos", demos("Careless-v0")]
+    first, second = (case.run(tmp_path / name, *task) for name in "ab")
+    a, b = (read_json(tmp_path / name / "summary.json")["learner"] for name in "ab")
+    assert same(first, second) and a == b
+
+
 @pytest.mark.parametrize("env_id", ["Rounding-v0", "HalfBox-v0", "Last-v0", "Late-v0"])
 def test_actions_are_in_the_task_s_space(env_id, tmp_path):
     """A box whose bounds no float32 has, or of narrower floats; Discrete up to its dtype's end."""

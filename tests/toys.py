@@ -22,7 +22,7 @@ SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array fo
 
 class Toy(gym.Env):
     observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
-    success = last = None
+    success = last = careless = None
 
     def __init__(self, box=False, remembers=False, start=1, **others):
         self.start, self.action_space = start, Discrete(3, start=start, **KIND)
@@ -45,7 +45,8 @@ class Toy(gym.Env):
     def step(self, action):
         assert action in self.action_space and not self.over, action
         push = float(action[0] + action[1] - 1 if self.box else int(action) - self.start - 1)
-        self.x += 0.3 * push + self.np_random.normal(0, 0.05)
+        random = np.random if self.careless else self.np_random
+        self.x += 0.3 * push + random.normal(0, 0.05)
         if self.box:
             action *= 0
         info = {"x": self.x, "episode": None, "is_success": self.success}
@@ -112,6 +113,7 @@ TOYS["Rounding-v0"] = {"box": True, "action_space": Box(-0.1, 0.1, (2,), np.floa
 TOYS["HalfBox-v0"] = {"box": True, "action_space": Box(-1, 1, (2,), np.float16)}
 TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
 TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
+TOYS["Careless-v0"] = {"careless": True}  # it draws from NumPy's own generator
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
