@@ -171,13 +171,19 @@ def test_only_discrete_actions_get_an_entropy_bonus(way, tmp_path):
 
 
 def test_cloning_counts_less_among_random_pairs(tmp_path):
-    """A tenth, unless it is given; not at all by REINFORCE. A resumed run keeps its weight."""
+    """A tenth, unless it is given; not at all by REINFORCE. The critic counts more, as PPO's lambda
+    is smaller. A resumed run keeps its weights."""
+
+    def found(*words):
+        args = gail.parse_args(words)
+        return args.bc_weight, args.gae_lambda
+
     few, reinforce = ["--num-pairs", "5"], ["--policy-gradient", "reinforce"]
-    for words, weight in (([], 1), (few, 0.1), ([*few, "--bc-weight", "2"], 2), (reinforce, 0)):
-        assert gail.parse_args(words).bc_weight == weight
-    assert gail.parse_args([*few, *reinforce]).bc_weight == 0
+    assert found() == (1, 0.95) and found(*few) == (0.1, 0.9)
+    assert found(*few, "--bc-weight", "2") == (2, 0.9)
+    assert found(*reinforce) == found(*few, *reinforce) == (0, 1)
     PPO.run(tmp_path / "run", *few, iterations=1)
-    assert gail.parse_args(["--resume", str(tmp_path / "run")]).bc_weight == 0.1
+    assert found("--resume", str(tmp_path / "run")) == (0.1, 0.9)
 
 
 @pytest.mark.parametrize("case", [PPO, OFFLINE, *RACECAR], ids=str)
