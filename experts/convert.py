@@ -224,6 +224,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("convert.py", None, __doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda text: parser.exit(2, f"convert.py: {' '.join(text.split())[:400]}\n")
+    parser.print_help = lambda: say(parser.format_help())
     parser.add_argument("model", metavar="MODEL.zip", help="what model.save() wrote")
     parser.add_argument("--env-id", required=True, help="the task, which the zip does not name")
     parser.add_argument("--out", required=True, metavar="EXPERT.pt", help="a new file")

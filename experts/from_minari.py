@@ -201,6 +201,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("from_minari.py", None, __doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda text: parser.exit(2, f"from_minari.py: {' '.join(text.split())[:400]}\n")
+    parser.print_help = lambda: say(parser.format_help())
     parser.add_argument("dataset", metavar="DATASET", help="a folder, or an id in Minari's own")
     parser.add_argument("--env-id", help="the task (default: what the dataset says)")
     parser.add_argument("--out", required=True, metavar="DEMOS.npz", help="a new file")

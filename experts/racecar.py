@@ -200,10 +200,13 @@ def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
 
 # ------------------------------------------------------------------------------------- command line
 class OneLineParser(argparse.ArgumentParser):
-    """Prints errors without the usage before them."""
+    """Errors without the usage before them; help into a closed stream without noise."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def print_help(self, file=None):
+        say(self.format_help())
 
 
 def parse_arguments(arguments: list[str]) -> tuple[OneLineParser, argparse.Namespace]:

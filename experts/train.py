@@ -547,6 +547,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
 
+    def print_help(self, file=None):  # argparse's would fail on a closed stream
+        say(self.format_help())
+
 
 def parse_args(argv=None):
     form = argparse.RawDescriptionHelpFormatter

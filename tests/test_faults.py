@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,13 @@ def test_a_full_stream(flags, status, tmp_path):
         argv = BC.argv("--env-id", "toys:Toy-v0", "--out", tmp_path / "run", *flags.split())
         process = BC.start(*argv, **streams)
         assert process.wait(120) == status
+
+
+@pytest.mark.parametrize("program", ["convert", "from_minari", "racecar", "train"])
+def test_help_into_a_full_stream(program):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "experts" / f"{program}.py", "--help"]
+        subprocess.run(command, stdout=full, stderr=full, env=environment(), check=True)
 
 
 def test_a_name_in_another_encoding(tmp_path):
