@@ -121,7 +121,7 @@ def add_settings(parser, argv):
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
     if parser.parse_known_args(argv)[0].num_pairs:
-        # Few pairs are soon known by heart, and D's rewards are rough: the critic evens them out.
+        # Few pairs are soon known by heart; and D's rewards are rough, so the critic counts more.
         parser.set_defaults(bc_weight=0.1, gae_lambda=0.9)
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)

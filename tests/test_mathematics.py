@@ -170,9 +170,9 @@ def test_only_discrete_actions_get_an_entropy_bonus(way, tmp_path):
         assert torch.equal(*found) == box
 
 
-def test_cloning_counts_less_among_random_pairs(tmp_path):
-    """A tenth, unless it is given; not at all by REINFORCE. The critic counts more, as PPO's lambda
-    is smaller. A resumed run keeps its weights."""
+def test_defaults_among_random_pairs(tmp_path):
+    """Cloning has a tenth of its weight, unless that is given, and lambda is smaller; REINFORCE's
+    stay. A resumed run keeps them."""
 
     def found(*words):
         args = gail.parse_args(words)
