@@ -122,7 +122,7 @@ def add_settings(parser, argv):
     # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
     if parser.parse_known_args(argv)[0].num_pairs:
         # Few pairs are soon known by heart; and D's rewards are rough, so the critic counts more.
-        parser.set_defaults(bc_weight=0.1, gae_lambda=0.9)
+        parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
         parser.set_defaults(**REINFORCE)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
