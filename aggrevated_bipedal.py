@@ -348,14 +348,11 @@ def train(args):
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
 SOLVED = 0.95  # of the way from random to the expert: from there on, a task counts as solved
 MAY_CHANGE = "total_steps expert resume eval_every eval_episodes capture_video device no_progress"
+Failed = FloatingPointError  # a loss or an action is not finite: one line, exit status 1
 
 
 class BadInput(ValueError):
     """Something that the user can fix: one line on stderr, exit status 2."""
-
-
-class Failed(Exception):
-    """A loss or an action that is not finite: one line on stderr, exit status 1."""
 
 
 def check(condition, message):

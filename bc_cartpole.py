@@ -227,14 +227,11 @@ EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie be
 SOLVED = 0.95  # of the way from random to the expert: from there on, a task counts as solved
 HELD_OUT = 20  # a file's last episodes: never trained on, for the occupancy distance
 MAY_CHANGE = "total_steps demos resume eval_every eval_episodes capture_video device no_progress"
+Failed = FloatingPointError  # a loss, an observation or an action is not finite: exit status 1
 
 
 class BadInput(ValueError):
     """Something that the user can fix: one line on stderr, exit status 2."""
-
-
-class Failed(Exception):
-    """A loss, an observation or an action that is not finite: one line on stderr, status 1."""
 
 
 def check(condition, message):
