@@ -507,9 +507,8 @@ def play(act, args, final=False, filmed=None):
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = info.get("is_success")
-                success = None if success is None else bool(success)
-                steps[i].append(np.array([reward, success], float))  # None: NaN
+                success = np.float64(info.get("is_success")).item()  # None becomes NaN
+                steps[i].append((np.float64(reward), success))
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
                     if not filmed:
