@@ -705,8 +705,7 @@ def load_demos(args, inputs, low, high):
 
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
-    columns = (np.concatenate(column) for column in zip(*episodes))
-    columns = (x.astype(np.int64) if x.dtype.kind in "iu" else x for x in columns)
+    columns = map(np.concatenate, zip(*episodes))
     return [torch.as_tensor(column, device=device) for column in columns]
 
 
@@ -777,8 +776,8 @@ def occupancy_distances(held_out, samples):
     for name, episodes in {"held out": held_out, **samples}.items():
         observations, actions, *_ = tensors(episodes)
         if actions.ndim == 1:  # Discrete: one-hot
-            taken = [tensors(x)[1] for x in (held_out, *samples.values())]
-            actions = actions[:, None] == torch.unique(torch.cat(taken))
+            taken = [tensors(x)[1].long() for x in (held_out, *samples.values())]
+            actions = actions[:, None].long() == torch.cat(taken).unique()
         rows = np.random.default_rng(0).permutation(len(actions))[:2_000]
         pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
     expert = pairs.pop("held out")
