@@ -1024,7 +1024,7 @@ class Run:
         write(folder / "summary.json", summary)
         draw(summary, folder / "learning_curve.png")
         say(f"verdict {summary['verdict']}\nrun     {folder}")
-        film(policy, self.args, folder)
+        film(policy, self.args, folder / "videos")
         return summary
 
 
@@ -1032,7 +1032,6 @@ def film(policy, args, folder):
     if args.capture_video:
         with explained("--capture-video"):  # no encoder, nothing to draw with
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
-            folder = str(folder / "videos")
             with gym.wrappers.RecordVideo(env, folder, lambda _: True, disable_logger=True) as env:
                 play(policy.act, args, filmed=env)
 
@@ -1054,7 +1053,7 @@ def evaluate_file(args):
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", results)
-    film(policy, args, folder)
+    film(policy, args, folder / "videos")
 
 
 def stop(number, frame):
