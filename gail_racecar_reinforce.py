@@ -798,16 +798,15 @@ def draw(summary, path):
     with contextlib.suppress(Exception):  # MPLBACKEND, fonts: faults of the surroundings
         from matplotlib.figure import Figure
 
-        figure, curve = Figure(figsize=(6, 3.6), layout="constrained"), summary["curve"]
-        axes = figure.subplots()
-        steps, returns = ([point[name] for point in curve] for name in ("steps", "return_mean"))
-        axes.plot(steps, returns, "o-", label="learner")
-        for name, style in (("expert", "--"), ("random", ":"), ("solved", "-.")):
-            y = summary["solved_from"] if name == "solved" else summary[name]["return_mean"]
-            axes.axhline(y, color="gray", ls=style, label=name)
+        axes = Figure(figsize=(6, 3.6), layout="constrained").subplots()
+        returns = {point["steps"]: point["return_mean"] for point in summary["curve"]}
+        axes.plot(returns.keys(), returns.values(), "o-", label="learner")
+        for name, style in (("expert", "--"), ("random", ":")):
+            axes.axhline(summary[name]["return_mean"], color="gray", ls=style, label=name)
+        axes.axhline(summary["solved_from"], color="gray", ls="-.", label="solved")
         axes.set(xlabel="steps", ylabel="mean return", title=summary["args"]["env_id"])
         axes.legend()
-        write(path, figure)
+        write(path, axes.figure)
 
 
 class Run:
