@@ -419,8 +419,7 @@ def load_demos(args, inputs, low, high):
 
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
-    columns = map(np.concatenate, zip(*episodes))
-    return [torch.as_tensor(column, device=device) for column in columns]
+    return [torch.as_tensor(np.concatenate(column), device=device) for column in zip(*episodes)]
 
 
 def take(env, action):
