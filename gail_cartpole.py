@@ -331,18 +331,14 @@ class Environments:
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
         shape = self.envs[0].observation_space.shape
-        self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
-        self.seeds, self.actions, self.cuts = ([None] * num_envs for _ in range(3))
-        self.reset()
+        self.observations = np.zeros((num_envs, *shape), np.float32)
+        self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
         # If all episodes began at once and lasted equally long, a rollout would show the same part
         # of each. D would believe that the policy never does what the expert does in other parts.
         # So the first episodes, and only these, are cut at different lengths.
         longest = self.envs[0].spec.max_episode_steps or 0
-        self.cuts = [longest * i // num_envs for i in range(num_envs)]
-
-    def reset(self):
-        for i in range(len(self.envs)):
-            self.begin(i)
+        for i in range(num_envs):
+            self.begin(i, cut=longest * i // num_envs)
 
     def begin(self, i, seed=None, cut=0):  # 0: is not cut
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
@@ -376,13 +372,12 @@ class Environments:
         """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
         not forget at a reset what came before it."""
         missed = 0
-        columns = (state[name] for name in ("seeds", "cuts", "actions", "observations"))
-        for i, (seed, cut, actions, last) in enumerate(zip(*columns)):
+        for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
-                self.begin(i, seed, cut)
+                self.begin(i, state["seeds"][i], state["cuts"][i])
                 for action in actions:
                     self.advance(i, action)
-            if self.observations[i].tolist() != last:
+            if self.observations[i].tolist() != state["observations"][i]:
                 self.begin(i)
                 missed += 1
         if missed:
@@ -541,7 +536,8 @@ def train(args):
         # 1. Roll out the policy. REINFORCE: from fresh starts, as no earlier policy may have chosen
         # the states. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
-            envs.reset()
+            for i in range(args.num_envs):
+                envs.begin(i)
         frames, ended = rollout(envs, policy, args.num_steps, args.device)
         observations, actions, next_observations, terminated, truncated = frames
         run.steps += args.num_steps * args.num_envs
