@@ -69,8 +69,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run. The reason
-# for a constant stands where it is used.
+# The harness, below, has say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
 
 SCRIPT = "gail_cartpole"  # names files and folders; for the harness, like the next
 SIDE_BY_SIDE = 50  # environments in an evaluation
@@ -80,12 +79,6 @@ LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the g
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 BOX_POWER = 8  # Box actions: the k-th policy counts k^8 times in the mean kept: DEVIATION (5)
 FINAL_SHARE = 0.02  # policy's and critic's step sizes and --bc-weight fall to this share of them
-# REINFORCE: one large step per rollout, and less variance from a smaller gamma.
-REINFORCE = {"total_steps": 500_000, "num_envs": 8, "num_steps": 125}
-REINFORCE |= {"policy_lr": 1e-2, "gamma": 0.97, "gae_lambda": 1.0, "bc_weight": 0.0}
-# constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
-# expert's actions are permuted, for cloning as well.
-CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
@@ -118,13 +111,17 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
-    flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
+    # Every step pays 1; D is never trained; the expert's actions are permuted, for cloning as well.
+    controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
+    flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
-    if parser.parse_known_args(argv)[0].num_pairs:
+    given, _ = parser.parse_known_args(argv)
+    if given.num_pairs:
         # Few pairs are soon known by heart; and D's rewards are rough, so the critic counts more.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
-    if parser.parse_known_args(argv)[0].policy_gradient == "reinforce":
-        parser.set_defaults(**REINFORCE)
+    if given.policy_gradient == "reinforce":  # one large step per rollout; gamma: less variance
+        parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
+        parser.set_defaults(policy_lr=1e-2, gamma=0.97, gae_lambda=1.0, bc_weight=0.0)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
