@@ -433,43 +433,46 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
     DEVIATION (1): clipping does not bound a policy's change. So once a pass moved it farther than
     --target-kl per action dimension (their KLs add up), the other passes train the critic alone.
-
-    `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
     DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
     GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
-    expert never was."""
+    expert never was.
+
+    `columns`: observations, actions, advantages and returns; `expert`: observations and actions."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    old = policy(observations)
-    old_log_probs = old.log_prob(actions).detach()
-    # DEVIATION (4). None for a Gaussian: its entropy has no bound, so samples would leave the box.
-    entropy_weight = args.entropy * policy.discrete
+    with torch.no_grad():
+        old_log_probs = policy(observations).log_prob(actions)
 
-    def cloning_loss():
-        if not bc_weight:
-            return 0.0
-        return bc_weight * behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert))
+    def step(rows):  # of the policy; returns its loss without entropy and cloning
+        new = policy(observations[rows])
+        log_probs = new.log_prob(actions[rows])
+        if args.policy_gradient == "ppo":
+            loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
+        else:
+            loss = reinforce_loss(log_probs, advantages[rows])
+        # DEVIATION (4). None for a Gaussian: its entropy has no bound, samples would leave the box.
+        total = loss - args.entropy * policy.discrete * new.entropy().mean()
+        if bc_weight:
+            pairs = minibatch(CLONING_BATCH, *expert)
+            total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
+        descend(optimizer, total)
+        return loss.detach()
 
     if args.policy_gradient == "reinforce":
-        policy_loss = reinforce_loss(old.log_prob(actions), advantages)
-        descend(optimizer, policy_loss + cloning_loss() - entropy_weight * old.entropy().mean())
+        policy_loss = step(torch.arange(len(actions)))
     kl, target_kl = 0.0, args.target_kl * actions[0].numel()
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
-            loss = value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
             if args.policy_gradient == "ppo" and kl <= target_kl:
-                new = policy(observations[rows])
-                log_probs = new.log_prob(actions[rows])
-                policy_loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
-                loss = policy_loss + value_loss - entropy_weight * new.entropy().mean()
-                loss = loss + cloning_loss()
-            descend(optimizer, loss)  # the critic's alone: Adam skips the policy, without gradients
+                policy_loss = step(rows)
+            value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
+            descend(optimizer, value_loss)
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
             kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # tested in the next pass
     return {
-        "losses/policy": float(policy_loss.detach()),
+        "losses/policy": float(policy_loss),
         "losses/value": float(value_loss.detach()),
         "losses/entropy": float(new.entropy().mean()),
         "losses/approx_kl": kl,
@@ -505,7 +508,7 @@ def train(args):
     critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., n, in) -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)  # step sizes: in the loop
+    optimizer = torch.optim.Adam(groups, fused=True)  # a step skips what has no gradient
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs = Environments(args.env_id, args.num_envs)
 

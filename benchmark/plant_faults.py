@@ -85,8 +85,8 @@ FAULTS = {  # name: the text, and what takes its place
         "run.record(scalars, policy)",
     ),
     "cloning's loss is left out": (
-        "bc_weight * behavioural_cloning_loss(policy, *minibatch",
-        "bc_weight * 0 * behavioural_cloning_loss(policy, *minibatch",
+        "total + bc_weight * behavioural_cloning_loss",
+        "total + bc_weight * 0 * behavioural_cloning_loss",
     ),
     "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
     "constant observations": ("deviation.where(deviation > 1e-6 * mean.abs(), 1.0)", "deviation"),
