@@ -479,18 +479,15 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     }
 
 
-def diagnose(scalars, args, absorbing, terminating):
-    """What to advise if the run is not solved, from the scalars at its last evaluation.
-
-    -log(1 - D) is never negative: it pays for not ending. A reward whose deviation is below a tenth
-    of its mean ranks all actions nearly alike. If D is right about 99 of 100 pairs of both kinds,
-    its rewards hardly differ among the policy's."""
+def diagnose(scalars, args, terminating):
+    """What to advise if the run is not solved, from the scalars at its last evaluation."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
-    if terminating and not absorbing and args.reward == "gail" and args.control == "none":
+    accuracies = [scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")]
+    if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
-    if std < 0.1 * abs(mean):
+    if std < 0.1 * abs(mean):  # all actions are ranked nearly alike
         return "the reward is nearly constant: it teaches how long to last, and little else"
-    if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
+    if min(accuracies) > 0.99:  # rewards hardly differ among the policy's pairs
         return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""
 
@@ -516,8 +513,7 @@ def train(args):
         expert_actions = expert_actions[torch.randperm(len(expert_actions))]
     expert = expert_observations, expert_actions
     expert_pairs = discriminator.make_pairs(*expert)  # (pairs, size of a pair)
-    terminating = bool(ends.any())
-    absorbing = terminating if args.absorbing == "auto" else args.absorbing == "yes"
+    absorbing = bool(ends.any()) if args.absorbing == "auto" else args.absorbing == "yes"
     absorbing = absorbing and args.control != "constant-reward"  # its reward is not D's
     if absorbing:  # DEVIATION (6)
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, ends, args.gamma)
@@ -594,7 +590,7 @@ def train(args):
     for env in envs.envs:
         env.close()
     # run.curve: each evaluation's scalars; empty if a resumed run ends before its first one.
-    advice = diagnose(run.curve[-1], args, absorbing, terminating) if run.curve else ""
+    advice = diagnose(run.curve[-1], args, ends.any()) if run.curve else ""
     return run.finish(average, advice)
 
 
