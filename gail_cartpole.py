@@ -546,7 +546,7 @@ def train(args):
             policy_pairs = torch.cat(whole).to(args.device)
 
         # 2. Train the discriminator.
-        losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
+        scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
         # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value is then
         # a weighted mean of what D pays, small enough for the critic; and the absorbing state,
@@ -568,7 +568,7 @@ def train(args):
 
         # 4. Take a policy gradient step on the advantages.
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
-        losses |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
+        scalars |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
         # DEVIATION (5): an average of all policies so far is kept, in which the k-th counts about
         # k^power times (Shamir & Zhang 2013, section 4). A Gaussian improves to the end, so late
@@ -577,13 +577,10 @@ def train(args):
         power = 1 if policy.discrete else BOX_POWER
         move_average(average, policy, (power + 1) / (iteration + power))
 
-        scalars = {
-            **losses,
-            "discriminator/accuracy_expert": float((expert_logits > 0).float().mean()),
-            "discriminator/accuracy_policy": float((logits < 0).float().mean()),
-            "discriminator/reward_mean": float(rewards.mean()),
-            "discriminator/reward_std": float(rewards.std()),
-        }
+        scalars["discriminator/accuracy_expert"] = float((expert_logits > 0).float().mean())
+        scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
+        scalars["discriminator/reward_mean"] = float(rewards.mean())
+        scalars["discriminator/reward_std"] = float(rewards.std())
         for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
