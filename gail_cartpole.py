@@ -526,8 +526,8 @@ def train(args):
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATIONS (3), (7)
         bc_weight = args.bc_weight * share
-        for group, learning_rate in zip(optimizer.param_groups, (args.policy_lr, args.critic_lr)):
-            group["lr"] = learning_rate * share
+        optimizer.param_groups[0]["lr"] = args.policy_lr * share
+        optimizer.param_groups[1]["lr"] = args.critic_lr * share
 
         # 1. Roll out the policy. REINFORCE: from fresh starts, as no earlier policy may have chosen
         # the states. The price: D and the charts see only the first --num-steps of an episode.
