@@ -153,11 +153,9 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, counted from 0, or a Gaussian, for a Box scaled to [-1, 1];
-    samples may lie outside. to_env, which clips, and from_env convert actions.
-
-    Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
-    `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
+    """Observations (..., inputs) -> a softmax over Discrete actions, counted from 0: (...); or a
+    Gaussian over a Box scaled to [-1, 1], where samples may lie outside: (..., size of an action).
+    `low`, `high`: the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
@@ -221,7 +219,7 @@ class Discriminator(nn.Module):
 
     def absorbing_pairs(self, pairs):
         """What follows if an episode terminates after these pairs: their own observations (not what
-        the step led to) made small, zeros for the action, the flag. (..., size of a pair) -> same
+        the step led to) made small, no action, the flag. (..., size of a pair) -> same
 
         Small: D can tell a crash from a landing, but not learn the expert's few ends by heart. If
         it did, it would reward no other ends, and policies would avoid ending at all."""
@@ -232,17 +230,16 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
-        `terminated` is 1 at a pair that terminates an episode, else 0. The absorbing state lasts
-        for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps. D sees as many
-        copies, 100 with gamma 0.99. If --num-pairs (a flag of the harness) kept only a share of the
-        expert's other pairs, that share stands in place of 1, and copies are fewer. DAC (Kostrikov
-        et al. 2019, algorithm 1) adds one, of a state that is the same after every episode."""
+        The absorbing state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
+        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or 1
+        at a pair that ends an episode; of the expert's ends, the share of other pairs that
+        --num-pairs kept: so much less do they count."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """Pairs and ends of the last rollouts, saved in checkpoints. How many ends one rollout has is
+    """Pairs and ends of the last rollouts, kept in checkpoints. How many ends one rollout has is
     chance: with few, D would pay too much for an end; with many, too little."""
 
     state_dict, load_state_dict = list.copy, list.extend
