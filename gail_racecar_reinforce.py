@@ -294,18 +294,6 @@ class Environments:
         self.returns[i] += np.float64(reward)  # a reward of None: NaN
         return terminated, truncated
 
-    def step(self, actions):
-        """Returns what the steps lead to, (num_envs, ...) each: observations (an ended episode's
-        last), terminated, truncated; for the log, the ended episodes' (return, length)."""
-        ends = [self.advance(i, action) for i, action in enumerate(actions.tolist())]
-        after, ended = self.observations.copy(), []
-        for i, end in enumerate(ends):
-            if any(end):
-                ended.append((self.returns[i], len(self.actions[i])))
-                self.begin(i)
-        terminated, truncated = np.array(ends, bool).T
-        return after, terminated, truncated, ended
-
     def state_dict(self):
         return {"seeds": self.seeds, "actions": self.actions}
 
@@ -318,17 +306,21 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: observations, actions, the next observations, terminated and
-    truncated, (num_steps, num_envs, ...) each; and (return, length) of each episode that ended."""
+    """Steps of all environments: observations, actions, the next observations (an ended episode's
+    last), terminated and truncated, (num_steps, num_envs, ...) each; and, for the log, (return,
+    length) of each episode that ended."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        after, terminated, truncated, ended_now = envs.step(policy.to_env(actions))
-        frames.append((observations, actions.cpu().numpy(), after, terminated, truncated))
-        ended += ended_now
+        taken = policy.to_env(actions).tolist()
+        ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
+        frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
+        for i in np.flatnonzero(ends.any(1)):
+            ended.append((envs.returns[i], len(envs.actions[i])))
+            envs.begin(i)
     return [torch.as_tensor(np.stack(column), device=device) for column in zip(*frames)], ended
 
 

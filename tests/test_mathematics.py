@@ -199,20 +199,23 @@ def test_step_sizes_fall_over_the_first_budget(case, tmp_path):
 def test_episodes_of_one_length_do_not_end_together():
     """They last three steps, in three environments; a copy goes on where the first one is."""
     first, copied = (gail.Environments("toys:Truncating-v0", 3) for _ in range(2))
+    policy = gail.Policy(**gail.sizes("toys:Truncating-v0"), hidden=8)
     for _ in range(9):
         copied.load_state_dict(copy.deepcopy(first.state_dict()))
-        _, terminated, truncated, now = first.step(np.zeros(3, int))
+        (*_, terminated, truncated), now = gail.rollout(first, policy, 1, "cpu")
         assert not terminated.any() and truncated.sum() == len(now) == 1
-        assert (copied.step(np.zeros(3, int))[2] == truncated).all()
+        (*_, again), _ = gail.rollout(copied, policy, 1, "cpu")
+        assert (again == truncated).all()
 
 
 def test_a_task_may_spoil_the_actions_that_it_is_given():
     """What is replayed, and what an evaluation holds, is as the policy chose it."""
     first, copied = (gail.Environments("toys:ToyBox-v0", 2) for _ in range(2))
-    actions = np.full((2, 2), 0.6, np.float32)
-    first.step(actions)
+    for i in range(2):
+        first.advance(i, np.float32([0.6, 0.6]))
     copied.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert np.array_equal(copied.observations, first.observations) and (actions > 0.5).all()
+    assert np.array_equal(copied.observations, first.observations)
+    assert all((actions[0] > 0.5).all() for actions in first.actions)
     args = gail.parse_args(REINFORCE.argv())
     played = gail.play(lambda seen: np.full((len(seen), 2), 0.6, np.float32), args)
     assert all((episode.actions > 0.5).all() for episode in played)
