@@ -424,13 +424,10 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     --target-kl per action dimension (their KLs add up), the other passes train the critic alone.
     DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
     GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
-    expert never was.
-
-    `columns`: observations, actions, advantages and returns; `expert`: observations and actions."""
+    expert never was: `expert` has its observations and actions."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    with torch.no_grad():
-        old_log_probs = policy(observations).log_prob(actions)
+    old_log_probs = policy(observations).log_prob(actions).detach()
 
     def step(rows):  # of the policy; returns its loss without entropy and cloning
         new = policy(observations[rows])
@@ -575,9 +572,8 @@ def train(args):
         run.record(scalars, average)  # logs; evaluates and saves when it is time
     for env in envs.envs:
         env.close()
-    # run.curve: each evaluation's scalars; empty if a resumed run ends before its first one.
-    advice = diagnose(run.curve[-1], args, ends.any()) if run.curve else ""
-    return run.finish(average, advice)
+    # No curve: a resumed run that ends before its first evaluation.
+    return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 
 # ==================================================================================================
