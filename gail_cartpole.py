@@ -327,9 +327,8 @@ class Environments:
         shape = self.envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
-        # If all episodes began at once and lasted equally long, a rollout would show the same part
-        # of each. D would believe that the policy never does what the expert does in other parts.
-        # So the first episodes, and only these, are cut at different lengths.
+        # If all episodes stayed in step, a rollout would show D the same part of each, and never
+        # what the policy does in the others. So the first ones are cut, at different lengths.
         longest = self.envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
@@ -351,8 +350,7 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay every episode. Where that leads elsewhere, a new one begins: Box2D, for one, does
-        not forget at a reset what came before it."""
+        """Replay all; an episode that leads elsewhere begins anew: Box2D's resets do not forget."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
@@ -368,9 +366,8 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: observations, actions, the next observations (an ended episode's
-    last), terminated and truncated, (num_steps, num_envs, ...) each; and, for the log, (return,
-    length) of each episode that ended."""
+    """All environments' observations, actions, next observations (of an ended episode: its last),
+    terminated and truncated, (num_steps, num_envs, ...) each; (return, length) of what ended."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()

@@ -310,9 +310,8 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Steps of all environments: observations, actions, the next observations (an ended episode's
-    last), terminated and truncated, (num_steps, num_envs, ...) each; and, for the log, (return,
-    length) of each episode that ended."""
+    """All environments' observations, actions, next observations (of an ended episode: its last),
+    terminated and truncated, (num_steps, num_envs, ...) each; (return, length) of what ended."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
