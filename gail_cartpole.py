@@ -76,9 +76,7 @@ SIDE_BY_SIDE = 50  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
-CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 BOX_POWER = 8  # Box actions: the k-th policy counts k^8 times in the mean kept: DEVIATION (5)
-FINAL_SHARE = 0.02  # policy's and critic's step sizes and --bc-weight fall to this share of them
 
 
 def add_settings(parser, argv):
@@ -436,7 +434,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         # DEVIATION (4). None for a Gaussian: its entropy has no bound, samples would leave the box.
         total = loss - args.entropy * policy.discrete * new.entropy().mean()
         if bc_weight:
-            pairs = minibatch(CLONING_BATCH, *expert)
+            pairs = minibatch(64, *expert)
             total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
         descend(optimizer, total)
         return loss.detach()
@@ -507,7 +505,7 @@ def train(args):
     run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
 
     while run.steps < args.total_steps:
-        share = max(1 - run.steps / args.schedule, FINAL_SHARE)  # DEVIATIONS (3), (7)
+        share = max(1 - run.steps / args.schedule, 0.02)  # DEVIATIONS (3), (7): falls to 2 %
         bc_weight = args.bc_weight * share
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
