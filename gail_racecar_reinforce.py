@@ -446,7 +446,7 @@ def train(args):
             policy_pairs = discriminator.add_absorbing_pairs(policy_pairs, outcomes, args.gamma)
 
         # 2. Train the discriminator.
-        losses = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
+        scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
         # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
         with torch.no_grad():
@@ -466,16 +466,13 @@ def train(args):
 
         # 4. Follow the policy gradient of the advantages.
         columns = (x.flatten(0, 1) for x in (observations, actions, advantages, returns))
-        losses |= update_policy(policy, critic, optimizer, *columns, args)
+        scalars |= update_policy(policy, critic, optimizer, *columns, args)
         average.update_parameters(policy)
 
-        scalars = {
-            **losses,
-            "discriminator/accuracy_expert": float((expert_logits > 0).float().mean()),
-            "discriminator/accuracy_policy": float((logits < 0).float().mean()),
-            "discriminator/reward_mean": float(rewards.mean()),
-            "discriminator/reward_std": float(rewards.std()),
-        }
+        scalars["discriminator/accuracy_expert"] = float((expert_logits > 0).float().mean())
+        scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
+        scalars["discriminator/reward_mean"] = float(rewards.mean())
+        scalars["discriminator/reward_std"] = float(rewards.std())
         for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average.module)
