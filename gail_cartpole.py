@@ -229,9 +229,9 @@ class Discriminator(nn.Module):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
         The absorbing state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
-        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or 1
-        at a pair that ends an episode; of the expert's ends, the share of other pairs that
-        --num-pairs kept: so much less do they count."""
+        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at a
+        pair that ends an episode, else 0; if --num-pairs kept only a share of the expert's other
+        pairs, that share in place of 1: then an end counts that much less."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
@@ -365,7 +365,7 @@ class Environments:
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
     """All environments' observations, actions, next observations (of an ended episode: its last),
-    terminated and truncated, (num_steps, num_envs, ...) each; (return, length) of what ended."""
+    terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
@@ -419,7 +419,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     --target-kl per action dimension (their KLs add up), the other passes train the critic alone.
     DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
     GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
-    expert never was: `expert` has its observations and actions."""
+    expert never was. `expert`: its observations and actions."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
@@ -488,7 +488,7 @@ def train(args):
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.Adam(groups, fused=True)  # a step skips what has no gradient
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
-    envs = Environments(args.env_id, args.num_envs)
+    envs, recent = Environments(args.env_id, args.num_envs), Recent()
 
     if args.control == "shuffled-expert":
         expert_actions = expert_actions[torch.randperm(len(expert_actions))]
@@ -501,8 +501,7 @@ def train(args):
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
-    parts["recent"] = recent = Recent()
-    run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
+    run.start(**parts, recent=recent)  # what a checkpoint holds; --resume: loads it, and run.steps
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, 0.02)  # DEVIATIONS (3), (7): falls to 2 %

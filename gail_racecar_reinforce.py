@@ -307,7 +307,7 @@ class Environments:
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
     """All environments' observations, actions, next observations (of an ended episode: its last),
-    terminated and truncated, (num_steps, num_envs, ...) each; (return, length) of what ended."""
+    terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
