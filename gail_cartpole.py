@@ -142,9 +142,8 @@ class Standardise(nn.Module):
 
     def measure(self, sample):
         """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
-        deviation, mean = torch.std_mean(sample, 0, correction=0)
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation.where(deviation > 1e-6 * mean.abs(), 1.0))
+        deviation, self.mean = torch.std_mean(sample, 0, correction=0)
+        self.deviation = deviation.where(deviation > 1e-6 * self.mean.abs(), 1.0)
 
     def forward(self, observations):
         return ((observations - self.mean) / self.deviation).clamp(-10, 10)

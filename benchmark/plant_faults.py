@@ -89,7 +89,10 @@ FAULTS = {  # name: the text, and what takes its place
         "total + bc_weight * 0 * behavioural_cloning_loss",
     ),
     "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
-    "constant observations": ("deviation.where(deviation > 1e-6 * mean.abs(), 1.0)", "deviation"),
+    "constant observations": (
+        "deviation.where(deviation > 1e-6 * self.mean.abs(), 1.0)",
+        "deviation",
+    ),
     "one absorbing state for the race car": (
         "torch.where(finished, 1.0, -1.0)",
         "finished.float()",
