@@ -389,20 +389,14 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(size, *columns):
-    """The same random rows of each column, with replacement: (n, ...) -> (size, ...)."""
-    rows = torch.randint(len(columns[0]), (size,))
-    return [column[rows] for column in columns]
-
-
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
-    total = 0.0
+    total, size = 0.0, (args.discriminator_batch,)
     for _ in range(args.discriminator_updates):
-        (expert,) = minibatch(args.discriminator_batch, expert_pairs)
-        (learner,) = minibatch(args.discriminator_batch, policy_pairs)
+        expert = expert_pairs[torch.randint(len(expert_pairs), size)]
+        learner = policy_pairs[torch.randint(len(policy_pairs), size)]
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
@@ -433,7 +427,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         # DEVIATION (4). None for a Gaussian: its entropy has no bound, samples would leave the box.
         total = loss - args.entropy * policy.discrete * new.entropy().mean()
         if bc_weight:
-            pairs = minibatch(64, *expert)
+            drawn = torch.randint(len(expert[0]), (64,))
+            pairs = [column[drawn] for column in expert]
             total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
         descend(optimizer, total)
         return loss.detach()

@@ -342,10 +342,10 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
-    total = 0.0
+    total, size = 0.0, (args.discriminator_batch,)
     for _ in range(args.discriminator_updates):
-        (expert,) = minibatch(args.discriminator_batch, expert_pairs)
-        (learner,) = minibatch(args.discriminator_batch, policy_pairs)
+        expert = expert_pairs[torch.randint(len(expert_pairs), size)]
+        learner = policy_pairs[torch.randint(len(policy_pairs), size)]
         loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)

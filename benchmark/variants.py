@@ -169,8 +169,9 @@ def memory(script):
 
     def update(discriminator, optimizer, expert_pairs, policy_pairs, args):
         remembered.append(policy_pairs[torch.randperm(len(policy_pairs))[:64]])
-        (earlier,) = script.minibatch(len(policy_pairs), torch.cat(remembered))
-        both = torch.cat([policy_pairs, earlier])
+        earlier = torch.cat(remembered)
+        drawn = torch.randint(len(earlier), (len(policy_pairs),))
+        both = torch.cat([policy_pairs, earlier[drawn]])
         return update_discriminator(discriminator, optimizer, expert_pairs, both, args)
 
     script.update_discriminator = update
