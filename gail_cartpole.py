@@ -316,8 +316,7 @@ def move_average(average, policy, rate):
 
 class Environments:
     """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
-    back, unlike Gymnasium's vector environments: it has each episode's seed and its actions, to be
-    replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    back, unlike Gymnasium's vector environments: each episode's seed and actions are replayed."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -544,11 +543,10 @@ def train(args):
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
         scalars |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # DEVIATION (5): an average of all policies so far is kept, in which the k-th counts about
-        # k^power times (Shamir & Zhang 2013, section 4). A Gaussian improves to the end, so late
-        # ones count more: with a power of 8 the last tenth makes up 60 %.
+        # DEVIATION (5): an average of all policies is kept, in which the k-th counts about k^power
+        # times (Shamir & Zhang 2013, section 4).
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
-        power = 1 if policy.discrete else BOX_POWER
+        power = 1 if policy.discrete else BOX_POWER  # a Gaussian improves to the end
         move_average(average, policy, (power + 1) / (iteration + power))
 
         scalars["discriminator/accuracy_expert"] = float((expert_logits > 0).float().mean())

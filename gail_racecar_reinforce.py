@@ -271,8 +271,7 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 class Environments:
     """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
-    back, unlike Gymnasium's vector environments: it has each episode's seed and its actions, to be
-    replayed. Training's seeds lie below EVALUATION_SEEDS."""
+    back, unlike Gymnasium's vector environments: each episode's seed and actions are replayed."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
