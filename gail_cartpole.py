@@ -115,7 +115,7 @@ def add_settings(parser, argv):
     # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
     given, _ = parser.parse_known_args(argv)
     if given.num_pairs:
-        # Few pairs are soon known by heart; and D's rewards are rough, so the critic counts more.
+        # Few pairs are soon known by heart; D's rewards are rough, so fewer are added up.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if given.policy_gradient == "reinforce":  # one large step per rollout; gamma: less variance
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
