@@ -416,7 +416,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
 
-    def step(rows):  # of the policy; returns its loss without entropy and cloning
+    def policy_losses(rows):  # alone, for the log; with entropy and cloning
         new = policy(observations[rows])
         log_probs = new.log_prob(actions[rows])
         if args.policy_gradient == "ppo":
@@ -429,24 +429,25 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
             drawn = torch.randint(len(expert[0]), (64,))
             pairs = [column[drawn] for column in expert]
             total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
-        descend(optimizer, total)
-        return loss.detach()
+        return loss, total
 
     if args.policy_gradient == "reinforce":
-        policy_loss = step(torch.arange(len(actions)))
+        policy_loss, total = policy_losses(torch.arange(len(actions)))
+        descend(optimizer, total)
     kl, target_kl = 0.0, args.target_kl * actions[0].numel()
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
+            loss = value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
             if args.policy_gradient == "ppo" and kl <= target_kl:
-                policy_loss = step(rows)
-            value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            descend(optimizer, value_loss)
+                policy_loss, total = policy_losses(rows)
+                loss = value_loss + total
+            descend(optimizer, loss)
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
             kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # tested in the next pass
     return {
-        "losses/policy": float(policy_loss),
+        "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
         "losses/entropy": float(new.entropy().mean()),
         "losses/approx_kl": kl,
