@@ -20,11 +20,11 @@ tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs
 has the results.
 
 Deviations from the paper, by their numbers in the code: (1) PPO, with a limit to the KL divergence,
-or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout, step
-sizes that fall; (4) an entropy bonus for Discrete actions alone, and not in the return; (5) a mean
-of the policies is kept; (6) other reward forms; --absorbing: a reward for what follows a
-termination, and ten rollouts for D; (7) cloning's loss beside step 4's: --bc-weight 0 is GAIL alone
-(REINFORCE's default).
+or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout; step
+sizes of policy and critic that fall; (4) an entropy bonus for Discrete actions alone, and not in
+the return; (5) an average of the policies is kept; (6) other reward forms; --absorbing: D rewards
+what follows a termination, too, and learns from ten rollouts; (7) cloning's loss is added to step
+4's: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -76,7 +76,7 @@ SIDE_BY_SIDE = 50  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
 LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
-BOX_POWER = 8  # Box actions: the k-th policy counts k^8 times in the mean kept: DEVIATION (5)
+BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in `average`: DEVIATION (5)
 
 
 def add_settings(parser, argv):
@@ -86,7 +86,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, in whole rollouts")
-    flag("--schedule", type=count, help="steps in which step sizes and --bc-weight fall")
+    flag("--schedule", type=count, help="steps in which --policy-lr, --critic-lr, --bc-weight fall")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
@@ -109,13 +109,13 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
-    # Every step pays 1; D is never trained; the expert's actions are permuted, for cloning as well.
+    # In this order: every step pays 1; D is never trained; the expert's actions are permuted.
     controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
     given, _ = parser.parse_known_args(argv)
     if given.num_pairs:
-        # Few pairs are soon known by heart; D's rewards are rough, so fewer are added up.
+        # Few pairs are soon known by heart: less cloning. D's rewards are rough: sum fewer of them.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if given.policy_gradient == "reinforce":  # one large step per rollout; gamma: less variance
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
@@ -150,13 +150,13 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """Observations (..., inputs) -> a softmax over Discrete actions, counted from 0: (...); or a
-    Gaussian over a Box scaled to [-1, 1], where samples may lie outside: (..., size of an action).
+    """Observations (..., inputs) -> the distribution of actions. Discrete: a softmax; actions,
+    (...), count from 0. Box, scaled to [-1, 1]: a Gaussian; samples, (..., size), may lie outside.
     `low`, `high`: the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt has these beside the weights, which so need not have the box: persistent=False.
+        # policy.pt has these beside the weights; so the box is not among these: persistent=False.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -215,11 +215,11 @@ class Discriminator(nn.Module):
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
     def absorbing_pairs(self, pairs):
-        """What follows if an episode terminates after these pairs: their own observations (not what
-        the step led to) made small, no action, the flag. (..., size of a pair) -> same
+        """What follows if an episode terminates after these pairs: the same observations (not what
+        the step led to) times END_SCALE, no action (zeros), flag 1. (..., size of a pair) -> same
 
-        Small: D can tell a crash from a landing, but not learn the expert's few ends by heart. If
-        it did, it would reward no other ends, and policies would avoid ending at all."""
+        D can then tell a crash from a landing, but not learn the expert's few ends by heart. If it
+        did, it would reward no other ends, and policies would avoid ending at all."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -229,17 +229,17 @@ class Discriminator(nn.Module):
 
         The absorbing state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
         steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at a
-        pair that ends an episode, else 0; if --num-pairs kept only a share of the expert's other
-        pairs, that share in place of 1: then an end counts that much less."""
+        pair that ends an episode, else 0. --num-pairs keeps every end, but only a share of the
+        expert's pairs: `terminated` is then that share in place of 1, and D sees fewer copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
     """Pairs and ends of the last rollouts, kept in checkpoints. How many ends one rollout has is
-    chance: with few, D would pay too much for an end; with many, too little."""
+    chance: if few, D would take an end for the expert's and overpay it; if many, pay too little."""
 
-    state_dict, load_state_dict = list.copy, list.extend
+    state_dict, load_state_dict = list.copy, list.extend  # Run calls them
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -255,14 +255,14 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    # D may set an absorbing pair and an ordinary one apart as sharply as it likes.
+    # D may tell an absorbing pair from an ordinary one as sharply as it likes: no penalty there.
     mask = expert_pairs[:, -1] == policy_pairs[:, -1]
     return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Without absorbing states nothing is paid after an end: then the sign favours a length."""
+    Without absorbing states, 0 follows an end: the sign favours long or short episodes."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
@@ -323,8 +323,8 @@ class Environments:
         shape = self.envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
-        # If all episodes stayed in step, a rollout would show D the same part of each, and never
-        # what the policy does in the others. So the first ones are cut, at different lengths.
+        # If all episodes began together, a rollout would hold the same part of each, and D would
+        # see one part after another. So the first ones are cut, at different lengths.
         longest = self.envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
@@ -346,7 +346,7 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay all; an episode that leads elsewhere begins anew: Box2D's resets do not forget."""
+        """Replay all; if one leads elsewhere, a new one begins: Box2D's resets do not forget."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
@@ -416,7 +416,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
 
-    def policy_losses(rows):  # alone, for the log; with entropy and cloning
+    def policy_losses(rows):  # its own, for the log; and with entropy and cloning
         new = policy(observations[rows])
         log_probs = new.log_prob(actions[rows])
         if args.policy_gradient == "ppo":
@@ -470,17 +470,17 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # All demonstrations, (pairs, ...) each; ends: 1 (or a share) where one terminates, else 0.
+    # All demonstrations, (pairs, ...) each; ends: 1 at a termination (less: --num-pairs), else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    layers = *mlp(run.sizes["inputs"], args.hidden, 1), nn.Flatten(-2)  # drops the 1
+    layers = *mlp(run.sizes["inputs"], args.hidden, 1), nn.Flatten(-2)  # (..., n, 1) -> (..., n)
     critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., n, in) -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)  # a step skips what has no gradient
+    optimizer = torch.optim.Adam(groups, fused=True)  # what has no gradient rests: the policy
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs, recent = Environments(args.env_id, args.num_envs), Recent()
 
@@ -503,7 +503,7 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, as no earlier policy may have chosen
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy alone led to all
         # the states. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             for i in range(args.num_envs):
@@ -513,7 +513,7 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:  # of the last rollouts, with absorbing pairs
+        if absorbing:  # policy_pairs: those of the last rollouts, and absorbing ones
             newest = policy_pairs.cpu(), terminated.flatten().cpu()
             recent[:] = [*recent, newest][-RECENT:]
             whole = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
@@ -522,9 +522,9 @@ def train(args):
         # 2. Train the discriminator.
         scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
-        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma: a value is then
-        # a weighted mean of what D pays, small enough for the critic; and the absorbing state,
-        # which pays r for ever, is worth r.
+        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so values stay
+        # small enough for the critic: weighted means of D's rewards. The absorbing state pays r
+        # for ever, so (1 - gamma) (r + gamma r + ...) = r is its value.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -547,7 +547,7 @@ def train(args):
         # DEVIATION (5): an average of all policies is kept, in which the k-th counts about k^power
         # times (Shamir & Zhang 2013, section 4).
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
-        power = 1 if policy.discrete else BOX_POWER  # a Gaussian improves to the end
+        power = 1 if policy.discrete else BOX_POWER  # a Gaussian's last ones are best
         move_average(average, policy, (power + 1) / (iteration + power))
 
         scalars["discriminator/accuracy_expert"] = float((expert_logits > 0).float().mean())
@@ -559,7 +559,7 @@ def train(args):
         run.record(scalars, average)  # logs; evaluates and saves when it is time
     for env in envs.envs:
         env.close()
-    # No curve: a resumed run that ends before its first evaluation.
+    # No curve if a run is resumed with a smaller --total-steps before its first evaluation.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 

@@ -239,7 +239,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 def imitation_reward(logits, form):
     """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Without absorbing states nothing is paid after an end: then the sign favours a length."""
+    Without absorbing states, 0 follows an end: the sign favours long or short episodes."""
     if form == "gail":
         return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
     if form == "logd":
