@@ -186,20 +186,16 @@ def compact_line(runs, goal, about):
     return {**line, "training, s": median([run["wall_seconds"] for run in runs])}
 
 
-def compact(names, page):
-    """One experiment below the other. If only some are the first version's, their lines say so."""
-    lines, first = [], ["commit" in load(name) for name in names]
-    for name, old in zip(names, first):
+def compact(names):
+    """One experiment below the other."""
+    lines = []
+    for name in names:
         about = ROWS.get(name, "") if len(names) > 1 else ""
         for runs in groups(load(name)["runs"], "variant").values():
             line = compact_line(runs, load(name)["solved"], about)
-            line["what"] += " (first version)" * (old and not all(first))
+            line["what"] += first_version(name, names)
             lines.append(line)
-    run = "python benchmark/run.py "
-    ours = [name for name in names if load(name)["command"] == run + name]
-    others = [load(name)["command"] for name in names if name not in ours]
-    commands = "`, `".join([run + " ".join(ours)] * bool(ours) + others)
-    return f"{markdown(lines)}\n{made_by(commands, names, page)}"
+    return lines
 
 
 def paired_gain(runs):
@@ -212,7 +208,7 @@ def paired_gain(runs):
     return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def generations(names, page):
+def generations(names):
     """A line for each; a learner is the next one's expert, on the same starts: so gains add up."""
     lines, total = [], 0
     for name in names:
@@ -223,8 +219,7 @@ def generations(names, page):
         line["learner - first expert [95 %]"] = paired_gain(first)
         line["seed by seed"] = ", ".join(f"{gains.mean():+.1f}" for gains in total)
         lines.append(line)
-    command = f"python benchmark/run.py {' '.join(names)}"
-    return f"{markdown(lines)}\n{made_by(command, names, page)}"
+    return lines
 
 
 def peer_line(rows):
@@ -250,7 +245,6 @@ def peer_line(rows):
 
 def markdown(lines):
     """A table of lines, each {heading: text}; a heading may be missing in some."""
-    lines = list(lines)
     headings = list(dict.fromkeys(heading for line in lines for heading in line))
     cells = [headings, ["---"] * len(headings)]
     cells += [[line.get(heading, "") for heading in headings] for line in lines]
@@ -267,20 +261,29 @@ def load(name):
     return json.loads(path_of(name).read_text())
 
 
-def made_by(command, names, page):
+def first_version(name, names):
+    """What is said of one experiment of a table, where only some are the first version's."""
+    old = [one for one in names if "commit" in load(one)]
+    return " (first version)" * (name in old and old != names)
+
+
+def made_by(names, page):
     """The line below a table. What was measured before the scripts' second version says so."""
-    about = [load(name) for name in names]
-    first = " (first version)" * all("commit" in result for result in about)
-    machine = f", on {about[0]['machine']}" if "machine" in about[0] else ""
+    about, run = {name: load(name) for name in names}, "python benchmark/run.py "
+    ours = [name for name, result in about.items() if result["command"] == run + name]
+    others = [result["command"] for name, result in about.items() if name not in ours]
+    commands = "`, `".join([run + " ".join(ours)] * bool(ours) + others)
+    machine = f", on {about[names[0]]['machine']}" if "machine" in about[names[0]] else ""
+    first = " (first version)" * all("commit" in result for result in about.values())
     links = [f"[{name}.json]({os.path.relpath(path_of(name), page.parent)})" for name in names]
-    return f"Made by `{command}`{machine}{first}; all runs: {', '.join(links)}.\n"
+    return f"Made by `{commands}`{machine}{first}; all runs: {', '.join(links)}.\n"
 
 
-def side_by_side(names, page):
-    """The Markdown of several experiments with the same variants: a line each, mean ± std."""
-    lines, first = [], ["commit" in load(name) for name in names]
-    for name, old in zip(names, first):
-        line = {"experiment": f"`{name}`" + " (first version)" * (old and not all(first))}
+def side_by_side(names):
+    """Several experiments with the same variants: a line each, mean ± std."""
+    lines = []
+    for name in names:
+        line = {"experiment": f"`{name}`{first_version(name, names)}"}
         for (variant,), runs in groups(load(name)["runs"], "variant").items():
             key, _, unit = metric(runs)
             values = unit * np.array([run["learner"][key] for run in runs])
@@ -293,8 +296,7 @@ def side_by_side(names, page):
             line["steps to solved"] = median([point and point["steps"] for point in at])
             line["steps used"] = median([run["steps"] for run in every])
         lines.append(line)
-    command = f"python benchmark/run.py {' '.join(names)}"
-    return f"{markdown(lines)}\n{made_by(command, names, page)}"
+    return lines
 
 
 def share(run):
@@ -303,7 +305,7 @@ def share(run):
     return 100 * (learner - random) / (expert - random)
 
 
-def tasks(names, page):
+def tasks(names):
     """A line for each task and number of demonstrations, a column for each experiment: the
     interquartile mean of the shares with its interval, and the seeds with 95 % and more. For a
     control, what GAIL has more than it, paired over seeds, in place of both."""
@@ -326,28 +328,25 @@ def tasks(names, page):
                 low, high = bootstrap_interval(shares)
                 solved = f"{sum(shares >= 95)} of {len(shares)}"
                 line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
-    command = f"python benchmark/run.py {' '.join(names)}"
     pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
     ordered = sorted(lines, key=lambda row: (pairs in row[1], int(re.match(r"\d+", row[1])[0])))
-    return f"{markdown(lines[row] for row in ordered)}\n{made_by(command, names, page)}"
+    return [lines[row] for row in ordered]
 
 
-def table(name, page):
-    """The Markdown of an experiment's table, and below it the command that made it."""
-    if name.startswith("tasks_"):
-        return tasks([part for part in name.split("+") if path_of(part).exists()], page)
-    if "+" in name:
-        return side_by_side(name.split("+"), page)
-    result = load(name)
+def table(names):
+    """The lines of a wide table."""
+    if names[0].startswith("tasks_"):
+        return tasks(names)
+    if len(names) > 1:
+        return side_by_side(names)
+    result = load(names[0])
     if "rows" in result:
         parts = groups(result["rows"], "library", "algorithm", "variant").values()
-        lines = [peer_line(rows) for rows in parts]
-    elif "table" in result:  # already in its final form
-        lines = [{key: str(value) for key, value in row.items()} for row in result["table"]]
-    else:
-        parts = groups(result["runs"], "variant").values()
-        lines = [variant_line(runs, result["solved"]) for runs in parts]
-    return f"{markdown(lines)}\n{made_by(result['command'], [name], page)}"
+        return [peer_line(rows) for rows in parts]
+    if "table" in result:  # already in its final form
+        return [{key: str(value) for key, value in row.items()} for row in result["table"]]
+    parts = groups(result["runs"], "variant").values()
+    return [variant_line(runs, result["solved"]) for runs in parts]
 
 
 def fill(page):
@@ -355,19 +354,18 @@ def fill(page):
 
     def block(match):
         opening, kind, name, end = match.groups()
-        figure = os.path.relpath(picture(name), page.parent)
-        text = f"![Left, learning curves; right, where each seed ends]({figure})\n"
-        if name.startswith("tasks_"):
-            text = f"![Each task: how far each script gets from four demonstrations]({figure})\n"
+        names, figure = name.split("+"), os.path.relpath(picture(name), page.parent)
         measured = any if name.startswith("tasks_") else all
-        if not measured(path_of(part).exists() for part in name.split("+")):
+        if not measured(path_of(part).exists() for part in names):
             text = "not measured yet\n"
-        elif kind == "table":
-            text = table(name, page)
-        elif kind == "compact":
-            text = compact(name.split("+"), page)
-        elif kind == "generations":
-            text = generations(name.split("+"), page)
+        elif kind == "figure":
+            shown = "Left, learning curves; right, where each seed ends"
+            if name.startswith("tasks_"):
+                shown = "Each task: how far each script gets from four demonstrations"
+            text = f"![{shown}]({figure})\n"
+        else:
+            lines = {"table": table, "compact": compact, "generations": generations}[kind](names)
+            text = f"{markdown(lines)}\n{made_by(names, page)}"
         return opening + text + end
 
     return BLOCK.sub(block, page.read_text())
