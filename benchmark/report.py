@@ -354,25 +354,17 @@ def fill(page):
 
     def block(match):
         opening, kind, name, end = match.groups()
-        names, figure = name.split("+"), os.path.relpath(picture(name), page.parent)
-        measured = any if name.startswith("tasks_") else all
-        if not measured(path_of(part).exists() for part in names):
-            text = "not measured yet\n"
-        elif kind == "figure":
+        names = name.split("+")
+        if kind == "figure":
             shown = "Left, learning curves; right, where each seed ends"
-            if name.startswith("tasks_"):
+            if len(names) > 1:
                 shown = "Each task: how far each script gets from four demonstrations"
-            text = f"![{shown}]({figure})\n"
-        else:
-            lines = {"table": table, "compact": compact, "generations": generations}[kind](names)
-            text = f"{markdown(lines)}\n{made_by(names, page)}"
-        return opening + text + end
+            path = FIGURES / f"{name if len(names) == 1 else 'tasks'}.png"
+            return f"{opening}![{shown}]({os.path.relpath(path, page.parent)})\n{end}"
+        lines = {"table": table, "compact": compact, "generations": generations}[kind](names)
+        return f"{opening}{markdown(lines)}\n{made_by(names, page)}{end}"
 
     return BLOCK.sub(block, page.read_text())
-
-
-def picture(name):
-    return FIGURES / ("tasks.png" if name.startswith("tasks_") else f"{name}.png")
 
 
 def words(variant):
@@ -510,9 +502,7 @@ def main():
         if not check:
             page.write_text(fill(page))
     for name in [] if check else sorted(figures):
-        found = [part for part in name.split("+") if path_of(part).exists()]
-        if found:
-            draw_tasks(found) if name.startswith("tasks_") else draw(name)
+        draw_tasks(name.split("+")) if "+" in name else draw(name)
     return int(check and bool(stale))
 
 
