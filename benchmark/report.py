@@ -79,10 +79,11 @@ def interquartile_mean(values):
     return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
 
 
-def bootstrap_interval(values):
-    """The 95 % interval of the interquartile mean, from 10,000 resamples: (seeds,) -> low, high."""
+def middle_and_interval(values, form=".1f"):
+    """The interquartile mean with its 95 % interval, from 10,000 resamples of the seeds."""
     rows = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    return np.percentile(interquartile_mean(values[rows]), [2.5, 97.5])
+    low, high = np.percentile(interquartile_mean(values[rows]), [2.5, 97.5])
+    return f"{interquartile_mean(values):{form}} [{low:{form}}, {high:{form}}]"
 
 
 def median(values, form=",.0f"):
@@ -136,13 +137,12 @@ def variant_line(runs, goal):
     """One variant's line of a table: {heading: text}."""
     key, name, unit = metric(runs)
     values = unit * np.array([run["learner"][key] for run in runs])
-    low, high = bootstrap_interval(values)
     at = [solved_point(run, goal) for run in runs]
     steps = [point and point[clock(runs[0])] for point in at]
     seconds = [point and point["wall_seconds"] for point in at]
     line = {
         "variant": runs[0]["variant"],
-        f"{name}: IQM [95 %]": f"{interquartile_mean(values):.1f} [{low:.1f}, {high:.1f}]",
+        f"{name}: IQM [95 %]": middle_and_interval(values),
         "mean ± std": f"{values.mean():.1f} ± {values.std():.1f}",
         "seeds solved": f"{len(runs) - at.count(None)} of {len(runs)}",
         f"{clock(runs[0])} to solved": median(steps),
@@ -152,9 +152,8 @@ def variant_line(runs, goal):
     distances = [run["learner"].get("occupancy_distance") for run in runs]
     floors = [run["expert"].get("occupancy_distance") for run in runs]
     if None not in distances + floors:
-        floor = f" ({np.mean(floors):.3f})" if floors else ""
-        both = f"{np.mean(distances):.3f}, {np.median(distances):.3f}"
-        line["occupancy distance: mean, median (expert's own)"] = both + floor
+        figures = f"{np.mean(distances):.3f}, {np.median(distances):.3f} ({np.mean(floors):.3f})"
+        line["occupancy distance: mean, median (expert's own)"] = figures
     if key == "success_rate":
         laps = [run["learner"]["length_mean"] / run["expert"]["length_mean"] for run in runs]
         line["length / expert's"] = median(laps, ".2f")
@@ -318,16 +317,14 @@ def tasks(names):
             shares = np.array([share(run) for run in runs])
             line = {"task": task, "demonstrations": demos, **columns}
             line = lines.setdefault((task, demos), line)
-            heading, middle = name.split("_")[1], interquartile_mean(shares)
+            heading = name.split("_")[1]
             if heading in ("frozen", "constant"):
                 more = np.array([gail[variant, run["seed"]] for run in runs]) - shares
-                low, high = bootstrap_interval(more)
-                more = f"{interquartile_mean(more):+.0f} [{low:+.0f}, {high:+.0f}]"
-                line[heading] = f"{middle:.0f}; GAIL {more}"
+                text = f"{interquartile_mean(shares):.0f}; GAIL {middle_and_interval(more, '+.0f')}"
             else:
-                low, high = bootstrap_interval(shares)
                 solved = f"{sum(shares >= 95)} of {len(shares)}"
-                line[heading] = f"{middle:.0f} [{low:.0f}, {high:.0f}], {solved}"
+                text = f"{middle_and_interval(shares, '.0f')}, {solved}"
+            line[heading] = text
     pairs = "pairs of each"  # the last rows; before, by demonstrations, tasks in the file's order
     ordered = sorted(lines, key=lambda row: (pairs in row[1], int(re.match(r"\d+", row[1])[0])))
     return [lines[row] for row in ordered]
