@@ -38,26 +38,6 @@ WORDS = {  # what figures call a variant or an experiment
     **{"ppo": "GAIL by PPO", "reinforce": "GAIL by REINFORCE", "tasks_cloning": "cloning"},
     **{"tasks_scratch": "GAIL alone", "tasks_gail": "GAIL, the default"},
 }
-ROWS = {  # what a compact table of several experiments calls each of them
-    "gail_cartpole": "200,000 steps",
-    "gail_cartpole_reinforce": "500,000 steps",
-    "gail_cartpole_controls": "a control",
-    "gail_racecar_ppo": "the default",
-    "gail_racecar_ppo_one_lap": "the default",
-    "gail_racecar_scratch": "GAIL alone",
-    "gail_racecar_cloning": "cloning alone",
-    "aggrevated_bipedal_weak": "weak expert",
-    "aggrevated_bipedal_no_advantage": "weak expert",
-    "aggrevated_bipedal_level": "weak expert",
-    "aggrevated_bipedal_level_controls": "weak expert",
-    "aggrevated_hopper": "Hopper",
-    "aggrevated_hopper_controls": "Hopper",
-    "aggrevated_walker": "Walker2d",
-    "aggrevated_walker_controls": "Walker2d",
-    "aggrevated_bipedal_good": "good expert",
-    "aggrevated_bipedal_hardcore_1": "hardcore course",
-    "aggrevated_bipedal_hardcore": "hardcore course",
-}
 PLAIN = {  # headings and variants of older files, in plainer words
     "places by 15": "places / 15",
     "generation 1, hardcore course": "AggreVaTeD, hardcore course",
@@ -189,9 +169,8 @@ def compact(names):
     """One experiment below the other."""
     lines = []
     for name in names:
-        about = ROWS.get(name, "") if len(names) > 1 else ""
         for runs in groups(load(name)["runs"], "variant").values():
-            line = compact_line(runs, load(name)["solved"], about)
+            line = compact_line(runs, load(name)["solved"], load(name).get("row"))
             line["what"] += first_version(name, names)
             lines.append(line)
     return lines

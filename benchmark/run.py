@@ -170,7 +170,8 @@ def main():
             raise SystemExit(str(error)) from None
         rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]
         result = {"command": f"python benchmark/run.py {name}"}
-        result |= {"solved": table[name].get("solved"), "runs": rows}
+        result |= {key: table[name].get(key) for key in ("solved", "row")}
+        result["runs"] = rows
         (args.results / f"{name}.json").write_text(json.dumps(result, indent=1))
 
 
