@@ -38,16 +38,9 @@ WORDS = {  # what figures call a variant or an experiment
     **{"ppo": "GAIL by PPO", "reinforce": "GAIL by REINFORCE", "tasks_cloning": "cloning"},
     **{"tasks_scratch": "GAIL alone", "tasks_gail": "GAIL, the default"},
 }
-PLAIN = {  # headings and variants of older files, in plainer words
+PLAIN = {  # a variant in plainer words than a run folder's name can have
     "places by 15": "places / 15",
     "generation 1, hardcore course": "AggreVaTeD, hardcore course",
-    "seed 5, gone on with": "seed 5, resumed",
-    "D refuses pairs of": "the policy's pairs that D was trained on",
-    "and a memory of earlier ones": "half of them from earlier rollouts",
-    "level of Q* by that of the cost-to-go": "level of Q* / level of the cost-to-go",
-    "their target follows by": "their target moves by",
-    "time by the limit": "time / limit",
-    "by the first version": "now / first version",
 }
 KINDS = "table|compact|generations|figure"
 BLOCK = re.compile(rf"(<!-- ({KINDS}): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

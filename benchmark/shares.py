@@ -88,7 +88,7 @@ def pair_row(script, other, repeats, folder):
         "median of": str(repeats),
         "CPU, s": f"{here:.1f}",
         "first version, s": f"{there:.1f}",
-        "by the first version": f"{here / there:.2f}",
+        "now / first version": f"{here / there:.2f}",
     }
 
 
