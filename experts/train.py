@@ -5,15 +5,14 @@
     python experts/train.py Hopper-v5 --sampled             record actions drawn from the policy
     python experts/train.py Pendulum-v1 --expert pendulum.pt   the policy itself, to be queried
     python experts/train.py --resume runs/FOLDER            go on with a run, or record it anew
-    python experts/train.py --score pendulum.pt             100 greedy episodes
     python experts/train.py --pick 260 285 --out runs/FOLDER --expert weak.pt
 
 At every evaluation the greedy policy plays; the one with the best mean return is the expert. It is
 checked on 100 fresh episodes, and the first of them are recorded as the policy saw them: raw
 observations in float32. The run folder keeps curve.json, checkpoint.pt and, of SAC, TD3 and TQC,
-each evaluated policy as STEPS.pt, which aggrevated_bipedal.py can query. `--pick` plays these in
-their order until a mean return lies between two numbers. TQC is sbx-rl's, in JAX: on one core it
-takes a third of SAC's time.
+each evaluated policy as STEPS.pt, which aggrevated_bipedal.py can query, or play by --evaluate.
+`--pick` plays these in their order until a mean return lies between two numbers. TQC is sbx-rl's,
+in JAX: on one core it takes a third of SAC's time.
 """
 
 # /// script
@@ -540,7 +539,7 @@ def pick(args):
 
 # --- the command line -----------------------------------------------------------------------------
 
-NOT_KEPT = ("out", "resume", "demos", "expert", "score", "pick", "at_least")  # by a checkpoint
+NOT_KEPT = ("out", "resume", "demos", "expert", "pick", "at_least")  # by a checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -570,7 +569,6 @@ def parse_args(argv=None):
     flag("--expert", type=Path, help="write a .pt to query; without --demos, no .npz")
     flag("--out", type=Path, help="run folder (default: runs/expert__ENV_ID__ALGORITHM__SEED)")
     flag("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    flag("--score", type=Path, metavar="FILE.pt", help="print its score over 100 episodes and stop")
     flag("--pick", type=float, nargs=2, metavar=("LOW", "HIGH"), help="by mean return, from --out")
     args = parser.parse_args(argv)
     if args.resume:
@@ -583,7 +581,7 @@ def parse_args(argv=None):
             same = getattr(args, name) == saved[name]
             check(same, f"--resume: found {name} {getattr(args, name)}, expected {saved[name]}")
     check(args.out or not args.pick, "--pick: expected --out FOLDER as well")
-    if not args.score and not args.pick:
+    if not args.pick:
         complete(args)
     for path in filter(None, (args.demos, args.expert)):
         check(not path.exists(), f"{path}: exists already, expected a new file")
@@ -643,21 +641,14 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         torch.set_num_threads(1)
-        if args.score:
-            policy, env_id, _ = load_policy(args.score)
-            result = statistics(play(policy, env_id, CHECKED, SCORE_SEEDS))
-            say(f"{args.score}: {describe(result)}")
-        elif args.pick:
-            pick(args)
-        else:
-            make(args)
+        pick(args) if args.pick else make(args)
         return 0
     except (BadInput, Failed, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt as stopped:
         words = sys.argv[1:] if argv is None else argv
-        if args and not args.score and not args.pick:
+        if args and not args.pick:
             words = [f"--resume={args.out}"]
             for name in ("demos", "expert", "at_least"):  # what a checkpoint does not keep
                 given = getattr(args, name) not in (None, -np.inf)
