@@ -12,10 +12,8 @@ What no zip says: whether the model was trained inside VecNormalize, and whether
 that of random actions: is it what you expect?
 """
 
-import argparse
 import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -26,6 +24,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from shared import BadInput, Parser, check, say, write
 
 MAX_BYTES = 2**28  # unpacked; 256 MB
 BOX = r"<class 'gym(nasium)?\.spaces\.box\.Box'>"
@@ -42,27 +41,6 @@ EXPECTED = {
 HARMLESS = ["net_arch", "n_critics", "optimizer_class", "optimizer_kwargs", "log_std_init"]
 HARMLESS += ["use_expln", "clip_mean", "share_features_extractor", "normalize_images"]
 DROPPED = r"(actor\.log_std|actor_target\.mu\.\d+|critic(_target)?\.qf\d+\.\d+)\.(weight|bias)"
-
-
-def say(text):
-    """Print a line. A stream that is closed or full must not change the exit status."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = None  # or Python would try again at its end
-
-
-class Unwritten(Exception):
-    """The result cannot be written: one line on stderr, exit status 1."""
-
-
-class BadInput(Exception):
-    """Something that the user can fix: one line on stderr, exit status 2."""
-
-
-def check(condition, message):
-    if not condition:
-        raise BadInput(message)
 
 
 def unzip(file, *names):
@@ -153,19 +131,6 @@ def play(env, act, episodes):
     return float(total / episodes)
 
 
-def write(path, content):
-    """The whole file or nothing, and never over another one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        check(not path.exists(), f"--out {path} exists by now, expected a new file")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Unwritten(f"--out {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def convert(args, argv):
     path, out, task = Path(args.model), Path(args.out), args.env_id.split(":")[-1]
     check(path.is_file(), "not found, expected a file")  # a pipe could block
@@ -205,7 +170,7 @@ def convert(args, argv):
     source |= {"score": score, "converted": shlex.join(["python", "experts/convert.py", *argv])}
     source["converted_with"] = {"gymnasium": gym.__version__, "torch": str(torch.__version__)}
     expert = {"script": "aggrevated_bipedal", "env_id": task, "settings": settings}
-    whole = io.BytesIO()  # on a full disk torch.save would hide the error
+    whole = io.BytesIO()
     torch.save({**expert, "weights": ours, "source": source}, whole)
     saved = torch.load(io.BytesIO(whole.getvalue()), weights_only=True)
     ours, names = saved["weights"], [f"network.{2 * i}" for i in range(len(layers))]
@@ -213,7 +178,7 @@ def convert(args, argv):
     x = (probe - ours["mean"]) / ours["deviation"]
     again = actions(ours, names, saved["settings"], x).numpy()
     check(np.array_equal(again, act(probe)), f"--out {out}: not the model's actions, a bug")
-    write(out, whole.getbuffer())
+    write(out, lambda file: file.write(whole.getbuffer()))
     say(f"{out}: {args.env_id}, {'-'.join(map(str, sizes))}, {activation}")
     say(f"mean return of {score['return_mean']:.1f}, random {score['random']:.1f}")
     say("If that is too low: was it trained inside VecNormalize? No zip says that.")
@@ -221,24 +186,14 @@ def convert(args, argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("convert.py", None, __doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda text: parser.exit(2, f"convert.py: {' '.join(text.split())[:400]}\n")
-    parser.print_help = lambda: say(parser.format_help())
+    parser = Parser("convert.py", __doc__)
     parser.add_argument("model", metavar="MODEL.zip", help="what model.save() wrote")
     parser.add_argument("--env-id", required=True, help="the task, which the zip does not name")
     parser.add_argument("--out", required=True, metavar="EXPERT.pt", help="a new file")
     parser.add_argument("--episodes", type=int, default=10, help="how many to play (default: 10)")
     args = parser.parse_args(argv)
-    try:
+    with parser.converting(args.model):
         convert(args, argv)
-    except KeyboardInterrupt:
-        parser.exit(130, "convert.py: stopped, nothing is written\n")
-    except Unwritten as error:
-        parser.exit(1, f"convert.py: {error}\n")
-    except Exception as error:  # damaged files fail in as many ways as there are readers
-        name = "" if isinstance(error, BadInput) else f"cannot be read: {type(error).__name__}: "
-        parser.error(f"{args.model}: {name}{error}")
 
 
 if __name__ == "__main__":

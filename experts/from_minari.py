@@ -10,8 +10,6 @@ that, only the task's id is read. Neither Minari nor Gymnasium is used: json and
 Flat observations and Discrete or flat, continuous actions only; anything else is refused.
 """
 
-import argparse
-import io
 import json
 import os
 import re
@@ -20,6 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from shared import BadInput, Parser, check, say, write
 
 try:
     import h5py
@@ -30,27 +29,6 @@ MAX_BYTES = 2 * 10**9
 # The arrays of an episode of T steps (observations: T + 1), and the kinds of number they may have.
 ARRAYS = {"observations": "fiu", "actions": "fiu", "rewards": "fiu"}
 ARRAYS |= {"terminations": "b", "truncations": "b"}
-
-
-def say(text):
-    """Print a line. A stream that is closed or full must not change the exit status."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = None  # or Python would try again at its end
-
-
-class Unwritten(Exception):
-    """The result cannot be written: one line on stderr, exit status 1."""
-
-
-class BadInput(Exception):
-    """Something that the user can fix: one line on stderr, exit status 2."""
-
-
-def check(condition, message):
-    if not condition:
-        raise BadInput(message)
 
 
 def find(name):
@@ -151,19 +129,6 @@ def read_episodes(path, count):
     return episodes
 
 
-def write(path, content):
-    """The whole file or nothing, and never over another one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        check(not path.exists(), f"--out {path} exists by now, expected a new file")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Unwritten(f"--out {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def convert(args, argv):
     out = Path(args.out)
     check(not out.exists(), f"--out {out} exists already, expected a new file")
@@ -189,19 +154,14 @@ def convert(args, argv):
         "command": shlex.join(["python", "experts/from_minari.py", *argv]),
         "versions": {"minari": said["minari_version"], "numpy": np.__version__},
     }
-    whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
-    np.savez_compressed(whole, **joined, metadata=json.dumps(metadata))
-    write(out, whole.getbuffer())
+    write(out, lambda file: np.savez_compressed(file, **joined, metadata=json.dumps(metadata)))
     say(f"{out}: {env_id}, {len(steps)} episodes, {sum(steps)} steps")
     say(f"returns {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("from_minari.py", None, __doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda text: parser.exit(2, f"from_minari.py: {' '.join(text.split())[:400]}\n")
-    parser.print_help = lambda: say(parser.format_help())
+    parser = Parser("from_minari.py", __doc__)
     parser.add_argument("dataset", metavar="DATASET", help="a folder, or an id in Minari's own")
     parser.add_argument("--env-id", help="the task (default: what the dataset says)")
     parser.add_argument("--out", required=True, metavar="DEMOS.npz", help="a new file")
@@ -209,15 +169,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if h5py is None:
         parser.error("h5py is not installed, expected it: pip install h5py")
-    try:
+    with parser.converting(args.dataset):
         convert(args, argv)
-    except KeyboardInterrupt:
-        parser.exit(130, "from_minari.py: stopped, nothing is written\n")
-    except Unwritten as error:
-        parser.exit(1, f"from_minari.py: {error}\n")
-    except Exception as error:  # damaged files fail in as many ways as there are readers
-        name = "" if isinstance(error, BadInput) else f"cannot be read: {type(error).__name__}: "
-        parser.error(f"{args.dataset}: {name}{error}")
 
 
 if __name__ == "__main__":

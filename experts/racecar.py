@@ -18,7 +18,6 @@ and keeps the laps that were finished. Only laps that reached the finish are rec
 
 import argparse
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -28,22 +27,15 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium as gym
 import numpy as np
+from shared import Parser, say, write
 
 from racecar_env import WaypointController, pybullet
-
-
-def say(text):
-    """Print a line. A stream that is closed or full must not change the exit status."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = None  # or Python would try again at its end
 
 
 class Lap(NamedTuple):
@@ -167,24 +159,20 @@ def save_demonstrations(path: Path, laps: list[Lap], metadata: dict) -> None:
     firsts = [int(np.argmax(lap.actions[:, 1] > 0)) for lap in kept]
     metadata["returns"] = [float(lap.rewards[k:].sum()) for lap, k in zip(kept, firsts)]
     metadata["dropped"] = len(laps) - len(kept)
-    whole = io.BytesIO()  # on a full disk NumPy 1 would print a second error
-    np.savez(
-        whole,
-        observations=np.concatenate([lap.observations[k:] for lap, k in zip(kept, firsts)]),
-        actions=np.concatenate([lap.actions[k:] for lap, k in zip(kept, firsts)]),
-        rewards=np.concatenate([lap.rewards[k:] for lap, k in zip(kept, firsts)]),
-        episode_starts=np.concatenate(
+    arrays = {
+        "observations": np.concatenate([lap.observations[k:] for lap, k in zip(kept, firsts)]),
+        "actions": np.concatenate([lap.actions[k:] for lap, k in zip(kept, firsts)]),
+        "rewards": np.concatenate([lap.rewards[k:] for lap, k in zip(kept, firsts)]),
+        "episode_starts": np.concatenate(
             [np.arange(len(lap.actions) - k) == 0 for lap, k in zip(kept, firsts)]
         ),
-        terminated=np.array([lap.terminated for lap in kept]),
-        metadata=np.array(json.dumps(metadata)),
-    )
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        Path(folder, "demos.npz").write_bytes(whole.getbuffer())
-        if path.exists():  # since the laps began: neither is lost
-            path = path.with_stem(f"{path.stem}_{os.getpid()}")
-            say(f"written to {path}")
-        os.replace(f"{folder}/demos.npz", path)
+        "terminated": np.array([lap.terminated for lap in kept]),
+        "metadata": np.array(json.dumps(metadata)),
+    }
+    if path.exists():  # since the laps began: neither is lost
+        path = path.with_stem(f"{path.stem}_{os.getpid()}")
+        say(f"written to {path}")
+    write(path, lambda file: np.savez(file, **arrays))
 
 
 def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
@@ -199,34 +187,19 @@ def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:
 
 
 # ------------------------------------------------------------------------------------- command line
-class OneLineParser(argparse.ArgumentParser):
-    """Errors without the usage before them; help into a closed stream without noise."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    def print_help(self, file=None):
-        say(self.format_help())
-
-
-def parse_arguments(arguments: list[str]) -> tuple[OneLineParser, argparse.Namespace]:
-    parser = OneLineParser(
-        prog="racecar.py",
-        description="Record demonstrations of RaceCar-v0, watch, film a lap, or take the wheel.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+def parse_arguments(arguments: list[str]) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser("racecar.py", __doc__)
     add = parser.add_argument
     add("--demos", type=Path, metavar="FILE.npz", help="record the laps in this new file")
     add("--video", type=Path, metavar="FILE.mp4", help="film one lap of the controller")
     add("--render", action="store_true", help="show the laps in a window")
     add("--drive", action="store_true", help="drive them yourself, with the window's arrow keys")
-    manners = "the controller, or a model of a person: late, with a dead band, overshooting"
+    manners = "the controller (default), or a model of a person: late, dead band, overshooting"
     add("--manner", choices=("controller", "human"), default="controller", help=manners)
-    add("--episodes", type=int, default=30, help="laps that reach the finish")
-    add("--action-noise", type=float, default=0.0, help="standard deviation, 0 to 1")
-    add("--throttle", type=float, default=0.5, help="above 0, up to 1, which is 2.5 m/s")
-    add("--seed", type=int, default=0, help="of the starts and the noise")
+    add("--episodes", type=int, default=30, help="laps that reach the finish (default: 30)")
+    add("--action-noise", type=float, default=0.0, help="standard deviation, 0 (default) to 1")
+    add("--throttle", type=float, default=0.5, help="above 0, to 1: 2.5 m/s (default: 0.5)")
+    add("--seed", type=int, default=0, help="of the starts and the noise (default: 0)")
     args = parser.parse_args(arguments)
 
     if not (args.demos or args.video or args.render or args.drive):

@@ -27,10 +27,8 @@ in JAX: on one core it takes a third of SAC's time.
 # ]
 # ///
 
-import argparse
 import contextlib
 import importlib
-import io
 import json
 import os
 import shlex
@@ -49,6 +47,7 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
+from shared import BadInput, Parser, check, say, write
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
@@ -108,38 +107,8 @@ SELECTION_SEEDS, SCORE_SEEDS = 2_000_000, 3_000_000  # of evaluations; training'
 CHECKED, SAVE_EVERY = 100, 600  # fresh episodes; seconds between checkpoints
 
 
-class BadInput(Exception):
-    """Something that the user can fix: one line on stderr, exit status 2."""
-
-
 class Failed(Exception):
     """An expert that is too weak, weights that are not finite: one line, exit status 1."""
-
-
-def check(condition, message):
-    if not condition:
-        raise BadInput(message)
-
-
-def say(text):
-    """Print a line. A stream that is closed or full must not change the exit status."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = None  # or Python would try again at its end
-
-
-def write(path, save):
-    """Call save(file): afterwards `path` is whole, or as it was."""
-    whole = io.BytesIO()  # on a full disk torch.save hides the error, and NumPy 1 prints another
-    save(whole)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(whole.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -249,7 +218,7 @@ class Policy:
         settings |= {"low": self.space.low.tolist(), "high": self.space.high.tolist()}
         content = {"script": "aggrevated_bipedal", "env_id": env_id, "settings": settings}
         content |= {"weights": weights, "source": source}
-        write(path, lambda file: torch.save(content, file))
+        write(path, lambda file: torch.save(content, file), replace=True)
 
 
 def load_policy(path):
@@ -433,7 +402,7 @@ class Train(BaseCallback):
             policy.save(args.out / point["file"], about["env_id"], {**about, "evaluation": point})
         self.curve.append(point)
         curve = json.dumps({**about, "curve": self.curve}, indent=1)
-        write(args.out / "curve.json", lambda file: file.write(curve.encode()))
+        write(args.out / "curve.json", lambda file: file.write(curve.encode()), replace=True)
         self.bar.clear()
         say(f"{self.steps:>9,} steps: {describe(point)}")
 
@@ -441,7 +410,7 @@ class Train(BaseCallback):
         state = {name: getattr(self, name) for name in ("steps", "curve", "best", "average")}
         state["args"] = {k: v for k, v in vars(self.args).items() if k not in NOT_KEPT}
         state["state"] = state_of(self.model, self.args.algorithm)
-        write(self.args.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        write(self.args.out / "checkpoint.pt", lambda file: torch.save(state, file), replace=True)
         self.saved = time.monotonic()
 
 
@@ -542,17 +511,8 @@ def pick(args):
 NOT_KEPT = ("out", "resume", "demos", "expert", "pick", "at_least")  # by a checkpoint
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
-
-    def print_help(self, file=None):  # argparse's would fail on a closed stream
-        say(self.format_help())
-
-
 def parse_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", None, __doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("train.py", __doc__)
     flag = parser.add_argument
     flag("env_id", nargs="?", help="the task: a Gymnasium id, also module:Name-v0")
     flag("--algorithm", choices=ALGORITHMS, help="default: the task's own, else ppo or sac")

@@ -19,7 +19,7 @@ from torch import nn
 from written import Payload, contents
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
-convert, from_minari = import_module("convert"), import_module("from_minari")
+convert, from_minari, shared = map(import_module, ("convert", "from_minari", "shared"))
 h5py = from_minari.h5py
 
 
@@ -220,15 +220,14 @@ def test_bad_datasets(change, about, word, refuses):
     refuses(from_minari, word, *MINARI)
 
 
-@pytest.mark.parametrize("module", [convert, from_minari])
-def test_the_result_cannot_be_written(module, tmp_path, monkeypatch):
+def test_the_result_cannot_be_written(tmp_path, monkeypatch):
     """The disk is full; or another program has written such a file meanwhile."""
-    monkeypatch.setattr(module.os, "replace", lambda *paths: Path("/dev/full").write_bytes(b"1"))
-    with pytest.raises(module.Unwritten, match="No space left"):
-        module.write(tmp_path / "new", b"new")
+    monkeypatch.setattr("os.replace", lambda *paths: Path("/dev/full").write_bytes(b"1"))
+    with pytest.raises(shared.Unwritten, match="No space left"):
+        shared.write(tmp_path / "new", lambda file: file.write(b"new"))
     (tmp_path / "old").write_text("old")
-    with pytest.raises(module.BadInput, match="exists by now"):
-        module.write(tmp_path / "old", b"new")
+    with pytest.raises(shared.BadInput, match="exists by now"):
+        shared.write(tmp_path / "old", lambda file: file.write(b"new"))
     assert list(contents(tmp_path).values()) == [b"old"]
 
 

@@ -419,7 +419,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     )
     result = python("-B", "-c", code, tmp_path / "demos.npz", cwd=ROOT / "experts")
     assert result.returncode == 1 and result.stdout == "" and os.listdir(tmp_path) == []
-    assert result.stderr == "racecar.py: [Errno 27] File too large\n"
+    assert result.stderr == f"racecar.py: {tmp_path}/demos.npz: [Errno 27] File too large\n"
 
 
 @pytest.mark.parametrize(
