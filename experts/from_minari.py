@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from shared import BadInput, Parser, check, say, write
+from shared import BadInput, Parser, check, say, write_demonstrations
 
 try:
     import h5py
@@ -137,24 +137,18 @@ def convert(args, argv):
     about, env_id = read_metadata(folder / "metadata.json", args.env_id)
     episodes = read_episodes(folder / "main_data.hdf5", args.episodes)
     steps = [len(episode["actions"]) for episode in episodes]
-    joined = {x: np.concatenate([e[x] for e in episodes]) for x in ("actions", "rewards")}
-    if joined["actions"].dtype.kind != "f":
-        joined["actions"] = joined["actions"].astype(np.int64)
-    # What was seen after the last action is not needed: nothing was done there.
-    joined["observations"] = np.concatenate([e["observations"][:-1] for e in episodes])
-    joined["episode_starts"] = np.concatenate([np.arange(n) == 0 for n in steps])
-    joined["terminated"] = np.array([e["terminations"][-1] for e in episodes])
-    returns = [float(e["rewards"].sum(dtype=float)) for e in episodes]
+    for episode in episodes:  # nothing was done at what was seen after the last action
+        episode["observations"] = episode["observations"][:-1]
+        episode["terminated"] = episode["terminations"][-1]
     said = {x: str(about.get(x))[:200] for x in ("dataset_id", "algorithm_name", "minari_version")}
     metadata = {
         "env_id": env_id,
         "expert": f"Minari dataset {said['dataset_id']}, algorithm {said['algorithm_name']}",
         "seed": None,
-        "returns": returns,
         "command": shlex.join(["python", "experts/from_minari.py", *argv]),
         "versions": {"minari": said["minari_version"], "numpy": np.__version__},
     }
-    write(out, lambda file: np.savez_compressed(file, **joined, metadata=json.dumps(metadata)))
+    returns = write_demonstrations(out, episodes, metadata)
     say(f"{out}: {env_id}, {len(steps)} episodes, {sum(steps)} steps")
     say(f"returns {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 

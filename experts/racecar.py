@@ -18,7 +18,6 @@ and keeps the laps that were finished. Only laps that reached the finish are rec
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium as gym
 import numpy as np
-from shared import Parser, say, write
+from shared import Parser, say, write_demonstrations
 
 from racecar_env import WaypointController, pybullet
 
@@ -151,28 +150,19 @@ def action_from_keys(keys: dict[int, int], throttle: float) -> np.ndarray:
 def save_demonstrations(path: Path, laps: list[Lap], metadata: dict) -> None:
     """Write the laps that reached the finish, as an expert's do: the whole file or nothing.
 
-    observations (N, 9) float32, actions (N, 2) float32, rewards (N,) float32, episode_starts (N,)
-    bool, terminated (episodes,) bool, metadata: JSON as a 0-d string. The time a person waits
-    before the first throttle of a lap is left out: it would teach the car to park.
+    The time a person waits before the first throttle of a lap is left out: it would teach the car
+    to park.
     """
-    kept = [lap for lap in laps if lap.is_success]
-    firsts = [int(np.argmax(lap.actions[:, 1] > 0)) for lap in kept]
-    metadata["returns"] = [float(lap.rewards[k:].sum()) for lap, k in zip(kept, firsts)]
-    metadata["dropped"] = len(laps) - len(kept)
-    arrays = {
-        "observations": np.concatenate([lap.observations[k:] for lap, k in zip(kept, firsts)]),
-        "actions": np.concatenate([lap.actions[k:] for lap, k in zip(kept, firsts)]),
-        "rewards": np.concatenate([lap.rewards[k:] for lap, k in zip(kept, firsts)]),
-        "episode_starts": np.concatenate(
-            [np.arange(len(lap.actions) - k) == 0 for lap, k in zip(kept, firsts)]
-        ),
-        "terminated": np.array([lap.terminated for lap in kept]),
-        "metadata": np.array(json.dumps(metadata)),
-    }
+    episodes, arrays = [], ("observations", "actions", "rewards")
+    for lap in laps:
+        if lap.is_success:
+            first = int(np.argmax(lap.actions[:, 1] > 0))
+            episode = {name: getattr(lap, name)[first:] for name in arrays}
+            episodes.append({**episode, "terminated": lap.terminated})
     if path.exists():  # since the laps began: neither is lost
         path = path.with_stem(f"{path.stem}_{os.getpid()}")
         say(f"written to {path}")
-    write(path, lambda file: np.savez(file, **arrays))
+    write_demonstrations(path, episodes, {**metadata, "dropped": len(laps) - len(episodes)})
 
 
 def film_lap(path: Path, controller: WaypointController, seed: int) -> Lap:

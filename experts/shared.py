@@ -76,7 +76,8 @@ def write(path, save, replace=False):
 
 
 def write_demonstrations(path, episodes, metadata):
-    """Write episodes, dicts of observations, actions, rewards and terminated, for the scripts."""
+    """Write episodes, dicts of observations, actions, rewards and terminated, for the scripts:
+    float32, integer actions int64, and the metadata as JSON in a 0-d string. Gives the returns."""
     columns = {key: [episode[key] for episode in episodes] for key in episodes[0]}
     actions = np.concatenate(columns["actions"])
     returns = [float(rewards.sum(dtype=float)) for rewards in columns["rewards"]]
@@ -89,3 +90,4 @@ def write_demonstrations(path, episodes, metadata):
         "metadata": np.array(json.dumps({**metadata, "returns": returns})),
     }
     write(path, lambda file: np.savez_compressed(file, **arrays))
+    return returns

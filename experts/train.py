@@ -47,7 +47,7 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
-from shared import BadInput, Parser, check, say, write
+from shared import BadInput, Parser, check, say, write, write_demonstrations
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
@@ -472,23 +472,11 @@ def make(args):
 
 
 def record(args, episodes, about):
-    """Write demonstrations, with the keys that the scripts read."""
-    columns = {key: [episode[key] for episode in episodes] for key in episodes[0]}
-    actions = np.concatenate(columns["actions"])
+    """Write demonstrations, and say whose they are."""
     library = "sbx-rl" if args.algorithm == "tqc" else "stable-baselines3"
     how = "actions drawn from the policy" if args.sampled else "greedy"
     expert = f"{args.algorithm.upper()} of {library} after {about['steps']:,} steps, {how}"
-    returns = [float(rewards.sum()) for rewards in columns["rewards"]]
-    metadata = {**about, "expert": expert, "seed": args.seed, "returns": returns}
-    arrays = {
-        "observations": np.concatenate(columns["observations"]),
-        "actions": actions.astype(np.int64 if actions.ndim == 1 else np.float32),
-        "rewards": np.concatenate(columns["rewards"]).astype(np.float32),
-        "terminated": np.array(columns["terminated"]),
-        "episode_starts": np.concatenate([np.arange(len(r)) == 0 for r in columns["rewards"]]),
-        "metadata": np.array(json.dumps(metadata)),
-    }
-    write(args.demos, lambda file: np.savez_compressed(file, **arrays))
+    write_demonstrations(args.demos, episodes, {**about, "expert": expert, "seed": args.seed})
 
 
 def pick(args):
