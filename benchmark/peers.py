@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,13 @@ from report import solved_point  # noqa: E402
 
 import bc_cartpole  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
-SOLVED = 495
-SIZES = {
-    "30 pairs": ["--num-pairs", "30"],
-    **{size: ["--num-demos", size] for size in ("1", "4", "7", "10")},
+RESULTS, RUNS = ROOT / "benchmark" / "results", ROOT / "runs" / "peers"
+SIZES = {size: ["--num-demos", size] for size in ("1", "4", "7", "10")}
+FLAGS = {
+    "bc": {"30 pairs": ["--num-pairs", "30"], **SIZES},
+    "gail": {"1": SIZES["1"], "1, REINFORCE": [*SIZES["1"], "--policy-gradient", "reinforce"]},
 }
-REINFORCE = ["--num-demos", "1", "--policy-gradient", "reinforce"]
+EVERY = {"bc": 500, "gail": 5_000}
 LOADED = """
 import json, sys
 import imitation.algorithms.adversarial.gail
@@ -47,57 +48,49 @@ print(json.dumps({"files": len(lines), "lines": sum(lines)}))
 
 
 def execute(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    words, environment = [str(word) for word in command], {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
-def write_selection(path, flags, seed):
-    """The pairs that the scripts learn from with these flags and this seed, as a file."""
-    args = bc_cartpole.parse_args([*flags, "--seed", str(seed)])
-    chosen, _, _ = bc_cartpole.load_demos(args, **bc_cartpole.sizes(args.env_id))
-    observations, actions, *_ = (column.numpy() for column in bc_cartpole.tensors(chosen))
-    np.savez(path, observations=observations, actions=actions)
-
-
-def ours(script, flags, seed, out):
-    folder = out / f"{script}_{'_'.join(flags)}_{seed}".replace("--", "")
-    every = "500" if script == "bc_cartpole" else "5000"
-    command = [sys.executable, f"{script}.py", *flags, "--seed", str(seed)]
-    command += ["--eval-every", every, "--eval-episodes", "100", "--out", str(folder)]
-    if not (folder / "summary.json").exists():
+def ours(command, folder):
+    """The summary of a script's run. A run that was cut off begins again."""
+    summary = folder / "summary.json"
+    if not summary.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        execute(command)
-    summary = json.loads((folder / "summary.json").read_text())
-    at = solved_point(summary, SOLVED) or {}
-    return {
-        "library": "here",
-        "return_mean": summary["learner"]["return_mean"],
-        "steps": summary["steps"] if script == "gail_cartpole" else 0,
-        "seconds": summary["wall_seconds"],
-        "solved_at_steps": at.get("steps"),
-        "solved_at_seconds": at.get("wall_seconds"),
-    }
+        execute([sys.executable, *command, "--out", folder])
+    return json.loads(summary.read_text())
 
 
-def theirs(python, algorithm, flags, seed, out):
-    name = f"imitation_{algorithm}_{'_'.join(flags)}_{seed}".replace("--", "")
-    demos, result = out / f"{name}.npz", out / f"{name}.json"
-    if not result.exists():
-        write_selection(demos, flags, seed)
-        script = ["benchmark/peer_imitation.py", algorithm, "--demos", str(demos)]
-        execute([python, *script, "--seed", str(seed), "--out", str(result)])
-    found = json.loads(result.read_text())
+def theirs(command, flags, out):
+    """The same of the library, on the pairs that the scripts learn from with these flags."""
+    if not out.exists():
+        args = bc_cartpole.parse_args([str(flag) for flag in flags])
+        chosen, _, _ = bc_cartpole.load_demos(args, **bc_cartpole.sizes(args.env_id))
+        observations, actions, *_ = (column.numpy() for column in bc_cartpole.tensors(chosen))
+        demos = out.with_suffix(".npz")
+        np.savez(demos, observations=observations, actions=actions)
+        execute([*command, "--seed", args.seed, "--demos", demos, "--out", out])
+    found = json.loads(out.read_text())
     last = found["curve"][-1]
-    at = solved_point({"curve": found["curve"], "learner": last}, SOLVED) or {}
-    return {
-        "library": "imitation",
-        "return_mean": last["return_mean"],
-        "steps": last["steps"] if algorithm == "gail" else 0,
-        "seconds": last["wall_seconds"],
-        "solved_at_steps": at.get("steps"),
-        "solved_at_seconds": at.get("wall_seconds"),
-        "versions": found["versions"],
-    }
+    return {**found, "learner": last, "steps": last["steps"], "wall_seconds": last["wall_seconds"]}
+
+
+def compare(seed, python, about, flags, here, there, solved=None):
+    """The rows of a script's run and, where it has a counterpart, of the library's."""
+    name, flags = "_".join([*about.values(), str(seed)]).replace(" ", "_"), [*flags, "--seed", seed]
+    summaries = {"here": ours([*here, *flags], RUNS / name)}
+    if there:
+        command = [python, "benchmark/peer_imitation.py", *there]
+        summaries["imitation"] = theirs(command, flags, RUNS / f"{name}.json")
+    low, high = (summaries["here"][who]["return_mean"] for who in ("random", "expert"))
+    for library, summary in summaries.items():
+        at = solved_point(summary, solved or low + 0.95 * (high - low)) or {}
+        reached = summary["learner"]["return_mean"]
+        row = {**about, "seed": seed, "library": library, "versions": summary["versions"]}
+        row |= {"return_mean": reached, "share": (reached - low) / (high - low)}
+        row |= {"steps": summary["steps"], "solved_at_steps": at.get("steps")}
+        row |= {"seconds": summary["wall_seconds"], "solved_at_seconds": at.get("wall_seconds")}
+        yield row
 
 
 def lines(python):
@@ -109,36 +102,45 @@ def lines(python):
     return {"here": here, "imitation": json.loads(found.stdout)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("algorithms", nargs="+", choices=("bc", "gail"))
+def parse_args(description, *algorithms):
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--peer-python", required=True, help="of the library's virtual environment")
-    parser.add_argument("--seeds", default="1-10", help="first and last")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "peers")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--seeds", required=True, help="first and last, for example 1-10")
+    if algorithms:
+        parser.add_argument("algorithms", nargs="+", choices=algorithms)
+    return parser.parse_args()
+
+
+def measure(name, command, args, comparisons, **more):
+    """Make all runs, one after the other, and write their rows."""
+    RUNS.mkdir(parents=True, exist_ok=True)
     first, last = (int(seed) for seed in args.seeds.split("-"))
-    sizes = {"bc": SIZES, "gail": {"1": ["--num-demos", "1"]}}
-    work = [(a, v, s) for a in args.algorithms for v in sizes[a] for s in range(first, last + 1)]
-    rows, out = {algorithm: [] for algorithm in args.algorithms}, args.out.resolve()
-    for algorithm, variant, seed in tqdm(work):
-        flags = sizes[algorithm][variant]
-        about = {"algorithm": algorithm, "variant": variant, "seed": seed}
-        rows[algorithm] += [
-            {**about, **ours(f"{algorithm}_cartpole", flags, seed, out)},
-            {**about, **theirs(args.peer_python, algorithm, flags, seed, out)},
-        ]
-        if algorithm == "gail":
-            about["variant"] = "1, REINFORCE"
-            rows[algorithm].append({**about, **ours("gail_cartpole", REINFORCE, seed, out)})
-    command = f"python benchmark/peers.py --peer-python .venv-peer/bin/python --seeds {args.seeds}"
-    machine = (
-        f"{platform.system()}, {os.cpu_count()} cores, one thread, its runs one after the other"
-    )
+    work, rows = list(product(range(first, last + 1), comparisons)), []
+    for seed, comparison in tqdm(work, desc=name):
+        rows += compare(seed, args.peer_python, **comparison)
+    command = f"python benchmark/{command} --peer-python .venv-peer/bin/python --seeds {args.seeds}"
+    machine = f"{platform.system()}, {os.cpu_count()} cores, one thread, one run after the other"
+    result = {"command": command, "machine": machine, **more, "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
+
+
+def main():
+    args = parse_args(__doc__, *FLAGS)
     for algorithm in args.algorithms:
-        result = {"command": f"{command} {algorithm}", "machine": machine}
-        result |= {"lines": lines(args.peer_python), "rows": rows[algorithm]}
-        (RESULTS / f"peers_{algorithm}.json").write_text(json.dumps(result, indent=1))
+        here = [f"{algorithm}_cartpole.py", "--eval-every", EVERY[algorithm]]
+        here += ["--eval-episodes", "100"]
+        comparisons = [
+            {
+                "about": {"algorithm": algorithm, "variant": variant},
+                "flags": flags,
+                "here": here,
+                "there": [] if "REINFORCE" in variant else [algorithm],
+                "solved": 495,
+            }
+            for variant, flags in FLAGS[algorithm].items()
+        ]
+        command, found = f"peers.py {algorithm}", lines(args.peer_python)
+        measure(f"peers_{algorithm}", command, args, comparisons, lines=found)
 
 
 if __name__ == "__main__":
