@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -40,6 +41,22 @@ def best_and_median(seconds: list[float], count: int) -> dict[str, float]:
         "best": round(count / min(seconds), 1),
         "median": round(count / float(np.median(seconds)), 1),
     }
+
+
+def seconds_of(call: Callable[[], object]) -> list[float]:
+    """Of each of 50 calls."""
+    seconds = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def resident() -> float:
+    """The memory of this process, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def random_actions(count: int, num_envs: int) -> np.ndarray:
@@ -87,12 +104,7 @@ def vector_steps_per_second(vector_class: type[VectorEnv], num_envs: int, count:
     # Reset on the same step: otherwise reset steps, which need no physics, would count as well.
     envs = vector_class([RaceCarEnv] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     envs.reset(seed=0)
-    seconds = []
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        for actions in random_actions(count, num_envs):
-            envs.step(actions)
-        seconds.append(time.perf_counter() - start)
+    seconds = seconds_of(lambda: [envs.step(x) for x in random_actions(count, num_envs)])
     envs.close()
     return best_and_median(seconds, count * num_envs)
 
@@ -100,19 +112,14 @@ def vector_steps_per_second(vector_class: type[VectorEnv], num_envs: int, count:
 def frame_milliseconds() -> float:
     env = RaceCarEnv(render_mode="rgb_array")
     env.reset(seed=0)
-    seconds = []
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        env.render()
-        seconds.append(time.perf_counter() - start)
+    seconds = seconds_of(env.render)
     env.close()
     return round(1e3 * min(seconds), 2)
 
 
 def leak(count: int) -> dict:
-    """Open, drive and close `count` environments, one after the other."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    resident, client_ids = [], set()
+    """Open, drive and close N environments, one after the other."""
+    megabytes, client_ids = [], set()
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(count):
         env = RaceCarEnv()
@@ -122,7 +129,7 @@ def leak(count: int) -> dict:
         client_ids.add(env.physics.id)
         env.close()
         gc.collect()
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1024)
+        megabytes.append(resident())
     half = count // 2
     return {
         "environments": count,
@@ -131,15 +138,15 @@ def leak(count: int) -> dict:
         ),
         "client_ids_used": len(client_ids),
         "file_descriptors_before_and_after": [descriptors, len(os.listdir("/proc/self/fd"))],
-        "resident_megabytes_first_and_last": [round(resident[i] / 1024, 1) for i in (0, -1)],
+        "resident_megabytes_first_and_last": [round(megabytes[i], 1) for i in (0, -1)],
         "kilobytes_per_environment_second_half": round(
-            float(np.polyfit(np.arange(half), resident[-half:], 1)[0]), 2
+            1024 * float(np.polyfit(np.arange(half), megabytes[-half:], 1)[0]), 2
         ),
     }
 
 
 def expert(count: int) -> list[dict]:
-    """Drive `count` laps from perturbed starts for each throttle and action noise."""
+    """Drive N laps from perturbed starts for each throttle and action noise."""
     rows = []
     for throttle, noise in ((0.3, 0.1), (0.5, 0.0), (0.5, 0.1), (0.5, 0.2), (0.7, 0.0), (0.7, 0.1)):
         env = RaceCarEnv()
@@ -154,7 +161,7 @@ def expert(count: int) -> list[dict]:
 
 
 def memory(count: int) -> dict:
-    """Resident megabytes that one more physics client takes, empty and as an environment."""
+    """Measure the MB that one more of N physics clients takes, empty and as an environment."""
 
     def client() -> int:
         return pybullet.connect(pybullet.DIRECT)
@@ -163,10 +170,6 @@ def memory(count: int) -> dict:
         env = RaceCarEnv()
         env.reset(seed=0)
         return env
-
-    def resident() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     result, kept = {}, []
     for make in (client, environment):
@@ -178,7 +181,7 @@ def memory(count: int) -> dict:
 
 
 def others(rounds: int) -> dict:
-    """Steps per CPU second of driving environments, in turns, without pictures for a person."""
+    """Compare the steps per CPU second of driving environments, in N turns, without pictures."""
     import highway_env
 
     gym.register_envs(highway_env)
@@ -198,34 +201,24 @@ def others(rounds: int) -> dict:
     return {name: best_and_median(seconds, counts[name]) for name, seconds in rows.items()}
 
 
+def speed() -> dict:
+    """What is measured without a flag."""
+    result = {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0]}
+    result |= {**single_environment(), "frame_milliseconds": frame_milliseconds()}
+    for name, vector_class in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
+        sizes = {n: vector_steps_per_second(vector_class, n) for n in (1, 2, 4, 8)}
+        result[f"{name}_steps_per_second"] = sizes
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--leak", type=int, metavar="N", help="only open and close N environments")
-    parser.add_argument("--expert", type=int, metavar="N", help="only drive N laps of each expert")
-    parser.add_argument("--memory", type=int, metavar="N", help="only measure N environments'")
-    parser.add_argument("--others", type=int, metavar="N", help="only compare, in N rounds")
-    args = parser.parse_args()
-    if args.leak:
-        result = leak(args.leak)
-    elif args.expert:
-        result = expert(args.expert)
-    elif args.memory:
-        result = memory(args.memory)
-    elif args.others:
-        result = others(args.others)
-    else:
-        result = {
-            "cores": len(os.sched_getaffinity(0)),
-            "load_before": os.getloadavg()[0],
-            **single_environment(),
-            "frame_milliseconds": frame_milliseconds(),
-        }
-        for name, vector_class in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
-            result[f"{name}_steps_per_second"] = {
-                num_envs: vector_steps_per_second(vector_class, num_envs)
-                for num_envs in (1, 2, 4, 8)
-            }
-    print(json.dumps(result, indent=2))
+    measures = {"leak": leak, "expert": expert, "memory": memory, "others": others}
+    for name, measure in measures.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=measure.__doc__)
+    counts = vars(parser.parse_args())
+    results = [measures[name](count) for name, count in counts.items() if count]
+    print(json.dumps(results[0] if results else speed(), indent=2))
 
 
 if __name__ == "__main__":
