@@ -131,11 +131,11 @@ def tabulate(run, summary):
     return {"variant": run["variant"], "seed": run["seed"], "command": command, **summary}
 
 
-def differences(command, args, root=ROOT):
+def differences(command, args):
     """The settings in which a run's `args` differ from what this command line asks for."""
     first = next(i for i, word in enumerate(command) if word.startswith("-"))
-    path = root / command[first - 1]
-    sys.path[:0] = {str(root), str(path.parent)} - set(sys.path)
+    path = ROOT / command[first - 1]
+    sys.path[:0] = {str(ROOT), str(path.parent)} - set(sys.path)
     asked = vars(importlib.import_module(path.stem).parse_args(command[first:]))
     changed = [k for k, value in asked.items() if k in args and args[k] != value]
     changed += sorted(asked.keys() - args.keys())  # a new setting; one that is gone had its default

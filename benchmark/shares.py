@@ -48,10 +48,10 @@ def cpu_seconds(command, root):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def evaluation_row(task, demos, repeats, folder):
+def evaluation_row(task, repeats, folder):
     """The share of the ten evaluations before a run's end in its CPU time."""
     words = [sys.executable, "gail_cartpole.py", "--env-id", task, "--total-steps", str(STEPS)]
-    words += ["--eval-episodes", "20", *(["--demos", demos] if demos else [])]
+    words += ["--eval-episodes", "20"]
     times = {EVERY: [], NEVER: []}
     for repeat in range(repeats):
         for every, found in times.items():
@@ -96,13 +96,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", type=Path, help="a checkout of the first version")
     parser.add_argument("--scripts", nargs="*", default=list(PAIRS), help="beside the other's")
-    parser.add_argument("--demos", nargs="*", default=[], metavar="TASK=FILE", help="not shipped")
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many runs")
     args = parser.parse_args()
-    demos = dict(pair.split("=", 1) for pair in args.demos)
     rows = json.loads(RESULT.read_text())["table"] if RESULT.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(evaluation_row, task, demos.get(task)) for task in TASKS]
+        jobs = [(evaluation_row, task) for task in TASKS]
         if args.other:
             jobs = [(pair_row, script, args.other) for script in args.scripts]
         for measure, *what in jobs:

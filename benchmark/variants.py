@@ -17,10 +17,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def as_it_is(script):
-    """Nothing is replaced."""
-
-
 def places_by_15(script):
     """The first attempts' scale: x and y divided by 15, the track's size. D's units stay 0.2 m."""
     script.METRE = 1 / 15
