@@ -124,10 +124,10 @@ def make_gail(pairs, args, logger):
     )
 
 
-def train_gail(pairs, args, logger, cloning_first=False):
+def train_gail(pairs, args, logger):
     """GAIL with the tutorial's settings; returns the curve, whose seconds include the cloning's."""
     trainer, curve, evaluating = make_gail(pairs, args, logger), [], 0.0
-    if cloning_first:
+    if args.algorithm == "bc+gail":
         curve = train_bc(pairs, args, logger, trainer.gen_algo.policy)
         evaluating -= curve[0]["wall_seconds"]
 
@@ -143,10 +143,6 @@ def train_gail(pairs, args, logger, cloning_first=False):
     return curve
 
 
-def train_both(pairs, args, logger):
-    return train_gail(pairs, args, logger, cloning_first=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("algorithm", choices=("bc", "gail", "bc+gail"))
@@ -159,7 +155,7 @@ def main():
     parser.add_argument("--eval-episodes", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train = {"bc": train_bc, "gail": train_gail, "bc+gail": train_both}[args.algorithm]
+    train = train_bc if args.algorithm == "bc" else train_gail
     with tempfile.TemporaryDirectory() as folder:
         logger = imitation_logger.configure(folder, format_strs=[])  # writes no table anywhere
         curve = train(load_pairs(args.demos), args, logger)
