@@ -433,11 +433,11 @@ def train(args):
 def about_run(args):
     """Where a file comes from. Its command leaves out the names of files."""
     words = ["python", "experts/train.py", args.env_id]
-    for name in ("algorithm", "total_steps", "seed", "eval_every", "eval_episodes", "until"):
+    names = ("algorithm", "total_steps", "seed", "eval_every", "eval_episodes", "until", "episodes")
+    for name in names:
         if getattr(args, name) != np.inf:
             words += [f"--{name.replace('_', '-')}", f"{getattr(args, name)}"]
-    words += [f"--set={setting}" for setting in args.set]
-    words += ["--episodes", str(args.episodes)] + ["--sampled"] * args.sampled
+    words += [f"--set={setting}" for setting in args.set] + ["--sampled"] * args.sampled
     names = ["gymnasium", "numpy", "stable-baselines3", "torch"]
     names += ["sbx-rl", "jax"] * (args.algorithm == "tqc")
     content = {"env_id": args.env_id.split(":")[-1], "algorithm": args.algorithm}
@@ -466,17 +466,12 @@ def make(args):
         policy.save(args.expert, about["env_id"], about)
         say(args.expert)
     if args.demos:
-        about["score"] = statistics(played[args.sampled])
-        record(args, played[args.sampled][: args.episodes], about)
+        library = "sbx-rl" if args.algorithm == "tqc" else "stable-baselines3"
+        how = "actions drawn from the policy" if args.sampled else "greedy"
+        expert = f"{args.algorithm.upper()} of {library} after {steps:,} steps, {how}"
+        about |= {"score": statistics(played[args.sampled]), "expert": expert, "seed": args.seed}
+        write_demonstrations(args.demos, played[args.sampled][: args.episodes], about)
         say(args.demos)
-
-
-def record(args, episodes, about):
-    """Write demonstrations, and say whose they are."""
-    library = "sbx-rl" if args.algorithm == "tqc" else "stable-baselines3"
-    how = "actions drawn from the policy" if args.sampled else "greedy"
-    expert = f"{args.algorithm.upper()} of {library} after {about['steps']:,} steps, {how}"
-    write_demonstrations(args.demos, episodes, {**about, "expert": expert, "seed": args.seed})
 
 
 def pick(args):
