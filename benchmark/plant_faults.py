@@ -3,8 +3,9 @@
     python benchmark/plant_faults.py                    all: some forty minutes on two cores
     python benchmark/plant_faults.py --only mask seed   those whose name holds one of these words
 
-A fault goes into every script that has its text, so that the scripts still agree with one another.
-It is found if the suite fails. Exit status 1 if one is not.
+The faults are in faults.txt: a name, lines with - and what takes their place, with +. A fault goes
+into every script that has its text, so that the scripts still agree with one another. It is found
+if the suite fails. Exit status 1 if one is not.
 """
 
 import argparse
@@ -16,97 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT = shutil.ignore_patterns(".git", "runs", "__pycache__", ".venv*", ".*_cache")
-FAULTS = {  # name: the text, and what takes its place
-    "sign: the expert's label": (
-        "F.softplus(-expert_logits).mean() + F.softplus(policy_logits)",
-        "F.softplus(expert_logits).mean() + F.softplus(policy_logits)",
-    ),
-    "sign: REINFORCE descends": (
-        "return -(log_probs * advantages).mean()",
-        "return (log_probs * advantages).mean()",
-    ),
-    "detach: the reward's gradient reaches the policy": (
-        "log_probs * centred.detach()",
-        "log_probs * centred",
-    ),
-    "mask: the penalty on absorbing pairs": (
-        "    return ((gradient.norm(dim=-1) - 1).square() * mask).mean()",
-        "    return (gradient.norm(dim=-1) - 1).square().mean()",
-    ),
-    "seed: evaluation on training's seeds": (
-        "first = EVALUATION_SEEDS + 10_000 * args.seed +",
-        "first = 10_000 * args.seed +",
-    ),
-    "seed: the run's is not set": ("        torch.manual_seed(args.seed)\n", ""),
-    "a truncation taken for an end": (
-        "torch.where(terminated, end_values",
-        "torch.where(terminated | truncated, end_values",
-    ),
-    "advantages run on over an end": (
-        "gae_lambda * ~done[step] * advantage",
-        "gae_lambda * advantage",
-    ),
-    "a checkpoint that lacks a part": (
-        '{"policy": policy, "average": average, "critic": critic, "envs": envs}',
-        '{"policy": policy, "critic": critic, "envs": envs}',
-    ),
-    "a checkpoint without the generator's state": ('torch.set_rng_state(state["rng"])', "pass"),
-    "a stopped run is not saved": ("if due or Run.stopped_by or ", "if due or "),
-    "a file written in place": (
-        "whole = Path(folder, path.name)",
-        "whole = path",
-    ),
-    "an end among few pairs counts in full": (
-        "terminated *= args.num_pairs * len(chosen) / sum(map(len, chosen))",
-        "pass",
-    ),
-    "cloning keeps the last weights": (
-        "move_average(average, policy, 1 / min(run.steps, AVERAGED))",
-        "move_average(average, policy, 1.0)",
-    ),
-    "pickles in demonstrations": ("allow_pickle=False", "allow_pickle=True"),
-    "pickles in checkpoints": ("weights_only=True", "weights_only=False"),
-    "a reward is read": (
-        "        self.actions[i].append(action)\n",
-        "        self.observations[i] += 0 * reward\n        self.actions[i].append(action)\n",
-    ),
-    "held-out episodes are learnt from": ("rng.permutation(cut)", "rng.permutation(len(episodes))"),
-    "other demonstrations on resuming": ('state["demos"] == self.demos', "True"),
-    "no limit to a policy's change": ("and kl <= target_kl", ""),
-    "all episodes begin at once": ("== self.cuts[i]", "== -1"),
-    "one pair for each end": ("max(1, round(float(terminated.max()) / (1 - gamma)))", "1"),
-    "the average's weights": ("(power + 1) / (", "power / ("),
-    "the last policy is evaluated": (
-        "run.record(scalars, average)",
-        "run.record(scalars, policy)",
-    ),
-    "cloning keeps the last policy": (
-        "run.record(scalars, best[0])",
-        "run.record(scalars, policy)",
-    ),
-    "cloning's loss is left out": (
-        "total + bc_weight * behavioural_cloning_loss",
-        "total + bc_weight * 0 * behavioural_cloning_loss",
-    ),
-    "Discrete actions begin at 0": ("return (actions + self.low)", "return actions"),
-    "constant observations": (
-        "deviation.where(deviation > 1e-6 * self.mean.abs(), 1.0)",
-        "deviation",
-    ),
-    "one absorbing state for the race car": (
-        "torch.where(finished, 1.0, -1.0)",
-        "finished.float()",
-    ),
-    "Q* of the learner": (
-        'target(batch["next_observations"], batch["next_expert_actions"])',
-        'target(batch["next_observations"], batch["actions"])',
-    ),
-    "NaN in the summary": (", parse_constant=lambda name: None", ""),
-    "exit status of bad input": (
-        "return 2 if isinstance(error, BadInput)",
-        "return 1 if isinstance(error, BadInput)",
-    ),
-}
+
+
+def read_faults():
+    """Of each fault in faults.txt its name, the text, and what takes its place."""
+    for fault in (ROOT / "benchmark" / "faults.txt").read_text().split("\n\n"):
+        name, *lines = fault.splitlines()
+        texts = ["\n".join(x[1:] for x in lines if x[0] == sign) for sign in "-+"]
+        yield name.removeprefix("# "), *texts
 
 
 def plant(folder, old, new):
@@ -123,7 +41,7 @@ def main():
     parser.add_argument("tests", nargs="*", help="what to run (default: the whole suite)")
     args = parser.parse_args()
     missed = []
-    for name, (old, new) in FAULTS.items():
+    for name, old, new in read_faults():
         if not any(word in name for word in args.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
