@@ -32,6 +32,7 @@ from imitation.util import logger as imitation_logger
 from imitation.util.networks import RunningNorm
 from imitation.util.util import make_vec_env
 from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.ppo import MlpPolicy
@@ -43,14 +44,8 @@ def evaluate(policy, args):
     """The mean return of greedy episodes, one in each environment, stepped side by side."""
     envs = DummyVecEnv([lambda: gym.make(args.env_id)] * args.eval_episodes)
     envs.seed(1_000_000 + 1_000 * args.seed)  # no episode twice in runs of different seeds
-    observations = envs.reset()
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
-        actions, _ = policy.predict(observations, deterministic=True)
-        observations, rewards, dones, _ = envs.step(actions)
-        returns[running] += rewards[running]
-        running &= ~dones
-    return float(returns.mean())
+    mean, _ = evaluate_policy(policy, envs, args.eval_episodes, warn=False)  # no Monitor needed
+    return float(mean)
 
 
 def load_pairs(path):
