@@ -28,14 +28,11 @@ def no_critic(script):
 
     mlp = script.mlp
 
-    class Nothing(torch.nn.Module):
-        def forward(self, values):
-            return 0 * values
-
     def without(inputs, hidden, outputs):
         network = mlp(inputs, hidden, outputs)
-        critic = (inputs, outputs) == (10, 1)  # it alone maps ten features to one number
-        return network.append(Nothing()) if critic else network
+        if (inputs, outputs) == (10, 1):  # the critic alone maps ten features to one number
+            network[-1].register_forward_hook(lambda layer, given, values: 0 * values)
+        return network
 
     script.mlp = without
 
