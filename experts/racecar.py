@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium as gym
 import numpy as np
-from shared import Parser, say, write_demonstrations
+from shared import BadInput, Parser, say, write_demonstrations
 
 from racecar_env import WaypointController, pybullet
 
@@ -241,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{summary}, the others took {np.mean(steps):.1f} +- {np.std(steps):.1f} steps")
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, gym.error.DependencyNotInstalled) as error:  # no display; no moviepy
-        parser.error(str(error))
+    except (BadInput, RuntimeError, gym.error.DependencyNotInstalled) as error:
+        parser.error(str(error))  # a file that came up; no display; no moviepy
     except OSError as error:  # a full disk
         parser.exit(1, f"{parser.prog}: {error}\n")
     return 0
