@@ -20,12 +20,14 @@ import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from shared import BadInput, Parser, check, say, write
+from tasks import make_env, play, statistics
 
 MAX_BYTES = 2**28  # unpacked; 256 MB
 BOX = r"<class 'gym(nasium)?\.spaces\.box\.Box'>"
@@ -84,7 +86,7 @@ def read_settings(data, env):
         check(shape == ours.shape, f"{name}s of shape {shape}, expected the task's {ours.shape}")
         for bound in ("low", "high"):
             text, expected = theirs[bound], getattr(ours, bound)
-            values = [float(x) for x in text.strip("[]").split()]
+            values = np.array(text.strip("[]").split(), np.float32)  # as the task's are here
             same = len(values) == len(expected) and np.allclose(values, expected, rtol=1e-5)
             check(same, f"{name}s with {bound} {text}, expected the task's {expected}")
     return match[1], ACTIVATIONS[options.get("activation_fn", EXPECTED["activation_fn"][0])]
@@ -111,33 +113,13 @@ def actor_layers(weights, policy, env):
     return layers, sizes
 
 
-def play(env, act, episodes):
-    """The mean return."""
-    total = 0.0
-    for episode in range(episodes):
-        (observation, _), over, steps = env.reset(seed=episode), False, 0
-        while not over and steps < 10_000:  # a task may have no limit of its own
-            observation, reward, terminated, truncated, _ = env.step(act(observation))
-            total, over, steps = total + reward, terminated or truncated, steps + 1
-    return float(total / episodes)
-
-
 def convert(args, argv):
     path, out, task = Path(args.model), Path(args.out), args.env_id.split(":")[-1]
     check(path.is_file(), "not found, expected a file")  # a pipe could block
     check(args.episodes > 0, f"--episodes {args.episodes}, expected at least 1")
     check(not out.exists(), f"--out {out} exists already, expected a new file")
     check(out.parent.is_dir(), f"--out {out}: its folder does not exist")
-    sys.path.append(str(Path(__file__).resolve().parents[1]))  # a task's module lies there
-    try:
-        env = gym.make(args.env_id)
-    except Exception as error:  # a task may raise anything
-        raise BadInput(f"--env-id {args.env_id}: {error}") from None
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        check(flat, f"--env-id {args.env_id}: {name} {space}, expected a flat Box")
-    bounded = env.action_space.is_bounded() and env.action_space.dtype.kind == "f"
-    check(bounded, f"--env-id {args.env_id}: actions {env.action_space}, expected bounded floats")
+    env = make_env(args.env_id)
     for folder in (path.parent, path.with_suffix("")):  # CheckpointCallback's place, rl-zoo3's
         for pkl in folder.glob("*vec*normalize*.pkl"):
             raise BadInput(f"{pkl} lies beside it, expected no VecNormalize (another's? Move it)")
@@ -152,7 +134,7 @@ def convert(args, argv):
         for kind in ("weight", "bias"):
             ours[f"network.{2 * i}.{kind}"] = weights[f"{layer}.{kind}"].clone()
 
-    def act(observation):
+    def act(observation, _):
         """tanh(network(observation)), from [-1, 1] to the range of the actions."""
         x = torch.as_tensor(observation).float()
         for layer in layers:
@@ -162,8 +144,11 @@ def convert(args, argv):
         return ((low + high) / 2 + (high - low) / 2 * x).numpy()  # exactly x for [-1, 1]
 
     env.action_space.seed(0)
-    score = {"episodes": args.episodes, "return_mean": play(env, act, args.episodes)}
-    score["random"] = play(env, lambda _: env.action_space.sample(), args.episodes)
+    acts = {"return_mean": act, "random": lambda *_: env.action_space.sample()}
+    score = {"episodes": args.episodes}
+    for name, who in acts.items():
+        played = play(SimpleNamespace(act=who), args.env_id, args.episodes, 0)
+        score[name] = statistics(played)["return_mean"]
     source |= {"score": score, "converted": shlex.join(["python", "experts/convert.py", *argv])}
     source["converted_with"] = {"gymnasium": gym.__version__, "torch": str(torch.__version__)}
     expert = {"script": "aggrevated_bipedal", "env_id": task, "settings": settings}

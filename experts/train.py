@@ -51,6 +51,7 @@ from shared import BadInput, Parser, check, say, write, write_demonstrations
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
+from tasks import make_env, play, statistics
 from tqdm import tqdm
 
 # Settings: first of an algorithm on any task, then what differs on a task, whose first algorithm is
@@ -129,27 +130,7 @@ def read(path, *keys):
         return [content[key] for key in keys]
 
 
-# --- the task and the policy ----------------------------------------------------------------------
-
-
-def make_env(env_id, least_reward=-np.inf):
-    """The task, with observations as they are recorded: float32, whatever it gives."""
-    sys.path.append(str(Path(__file__).resolve().parents[1]))  # a task's module lies there
-    try:
-        env = gym.make(env_id, disable_env_checker=True)
-    except Exception as error:  # a task may raise anything
-        raise BadInput(f"{env_id}: {' '.join(str(error).split())[:400]}") from None
-    seen, done = env.observation_space, env.action_space
-    flat = isinstance(seen, gym.spaces.Box) and len(seen.shape) == 1 and seen.dtype.kind == "f"
-    check(flat, f"{env_id}: found observations {seen}, expected a flat Box of floats")
-    discrete = isinstance(done, gym.spaces.Discrete) and done.start == 0
-    box = isinstance(done, gym.spaces.Box) and len(done.shape) == 1 and done.is_bounded()
-    box = box and done.dtype.kind == "f"
-    kinds = "Discrete from 0 or a flat, bounded Box of floats"
-    check(discrete or box, f"{env_id}: found actions {done}, expected {kinds}")
-    space = gym.spaces.Box(seen.low.astype(np.float32), seen.high.astype(np.float32))
-    env = gym.wrappers.TransformObservation(env, lambda x: np.array(x, np.float32), space)
-    return gym.wrappers.TransformReward(env, lambda reward: max(float(reward), least_reward))
+# --- the policy -----------------------------------------------------------------------------------
 
 
 def layers_of(model, algorithm):
@@ -233,37 +214,6 @@ def load_policy(path):
         space = gym.spaces.Box(*(np.array(settings[name], np.float32) for name in ("low", "high")))
         env_id = env_id.split(":")[-1]  # no file may have a module imported
         return Policy("td3", layers, space), env_id, source
-
-
-def play(policy, env_id, episodes, seed, sampled=False):
-    """Whole episodes, each reset with a seed of its own: a list of dicts of arrays."""
-    env, played = make_env(env_id), []
-    generator = np.random.default_rng(seed) if sampled else None
-    for i in range(episodes):
-        (observation, _), over, steps = env.reset(seed=seed + i), False, []
-        while not over and len(steps) < 10_000:  # a task may have no limit of its own
-            action = policy.act(observation, generator)
-            taken = np.array(action, env.action_space.dtype)[()]  # a copy: a task may write to it
-            if taken.ndim:  # float32 may have rounded the bounds
-                taken = taken.clip(env.action_space.low, env.action_space.high)
-            following, reward, terminated, truncated, _ = env.step(taken)
-            steps.append((observation, action, reward))
-            observation, over = following, terminated or truncated
-        observations, actions, rewards = map(np.stack, zip(*steps))
-        episode = {"observations": observations, "actions": actions, "rewards": rewards}
-        played.append({**episode, "terminated": bool(terminated)})
-    env.close()
-    return played
-
-
-def statistics(episodes):
-    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
-    result = {"return_mean": returns.mean(), "return_std": returns.std()}
-    result |= {"return_min": returns.min()}
-    result |= {"length_mean": np.mean([len(episode["rewards"]) for episode in episodes])}
-    result = {name: float(value) for name, value in result.items()}
-    ended = sum(episode["terminated"] for episode in episodes)
-    return result | {"terminated": ended, "episodes": len(episodes)}
 
 
 def describe(result):

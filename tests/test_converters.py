@@ -99,7 +99,7 @@ BAD_MODELS = [  # the model; the task it is converted for; a word of the line
     ({"env": "BipedalWalker-v3"}, "ToyBox-v0", "observations of shape (24,)"),
     ({}, "Image-v0", "flat Box"),
     ({}, "Unbounded-v0", "bounded"),
-    ({}, "None-v0", "--env-id None-v0"),
+    ({}, "None-v0", "task None-v0"),
 ]
 BAD_FILES = [  # what is changed in a good file: a setting, "all" of them or the "weights"; a word
     ("policy_kwargs", {"new": 1}, "new 1"),
