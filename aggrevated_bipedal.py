@@ -30,7 +30,7 @@ states so far train the learner, the expert's among them, above all late in an e
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "gymnasium[box2d]>=1.2.3,<2",
+#     "gymnasium[box2d,mujoco]>=1.2.3,<2",
 #     "matplotlib>=3.8",
 #     "moviepy>=2",
 #     "numpy>=1.26",
@@ -59,6 +59,7 @@ from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from random import seed as seed_python
 
 import gymnasium as gym
 import numpy as np
@@ -94,8 +95,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    switch = "the expert takes over at a random step below this: set about an episode's length"
-    flag("--switch", type=number(int, 1), default=1_000, help=switch)
+    flag("--switch", type=number(int, 1), default=1_000, help="latest takeover: episodes' length")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
@@ -458,9 +458,6 @@ def load_policy(path):
         return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
 
 
-# --- evaluation -----------------------------------------------------------------------------------
-
-
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
     with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
@@ -482,6 +479,12 @@ def sizes(env_id):
 Episode = namedtuple("Episode", "rewards is_success")
 
 
+def seed_others(number):
+    """A task may draw from these generators; the scripts draw from torch's alone."""
+    seed_python(number)
+    np.random.seed(number)
+
+
 def take(env, action):
     """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
     the box: float32 may have rounded the bounds."""
@@ -490,9 +493,9 @@ def take(env, action):
 
 
 def play(act, args, final=False, filmed=None):
-    """Validation episodes, VALIDATION times --eval-episodes; for the final evaluation five times
-    --eval-episodes, on other seeds; or three in the environment that is `filmed`. `act` maps
-    observations to actions, one row for each environment; None acts at random."""
+    """Validation episodes, VALIDATION times --eval-episodes; in the final evaluation five times
+    --eval-episodes, on other seeds; or three in the environment that is `filmed`. `act` maps rows
+    of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     number = 3 if filmed else args.eval_episodes * (5 if final else VALIDATION)
     at_once, played = 1 if filmed else 5, []
@@ -584,12 +587,12 @@ class Run:
         weights = [x.numpy().tobytes() for x in self.expert.state_dict().values()]
         digest = sha256(b"".join([*weights, str(self.expert.settings).encode()])).hexdigest()
         self.demos = {"sha256": digest}  # where the other scripts have demonstrations
+        seed_others(args.seed)
         self.walks = play(self.expert.act, args, final=True)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
-        np.random.seed(args.seed)  # the script does not draw from it, but a task may
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -618,11 +621,12 @@ class Run:
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
+        seed_others(args.seed + self.steps)  # as record does
         self.clock = time.perf_counter()
 
     def save(self):
         versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts = {"script": SCRIPT, "args": {**vars(self.args)}, "versions": versions}
         self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
@@ -659,6 +663,7 @@ class Run:
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
+        seed_others(args.seed + now)
         self.clock = time.perf_counter()  # saving does not count
 
     def finish(self, policy):
@@ -698,9 +703,10 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed)
+    seed_others(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
+    say(f"task    {args.env_id}")
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}

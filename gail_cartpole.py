@@ -12,7 +12,7 @@ Algorithm 1) repeats:
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
     python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
-    uv run --with "gymnasium[mujoco]" gail_cartpole.py --env-id Hopper-v5    uv installs all
+    uv run gail_cartpole.py --env-id Hopper-v5        with uv, which installs all that it needs
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` learns no action of the expert and balances too. `occupancy_distance` in summary.json
@@ -30,7 +30,7 @@ what follows a termination, too, and learns from ten rollouts; (7) cloning's los
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "gymnasium[classic-control]>=1.1,<2",
+#     "gymnasium[classic-control,mujoco]>=1.1,<2",
 #     "matplotlib>=3.8",
 #     "moviepy>=2",
 #     "numpy>=1.26",
@@ -53,11 +53,13 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import zipfile
 from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from random import seed as seed_python
 
 import gymnasium as gym
 import numpy as np
@@ -319,13 +321,15 @@ class Environments:
     back, unlike Gymnasium's vector environments: each episode's seed and actions are replayed."""
 
     def __init__(self, env_id, num_envs):
-        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        shape = self.envs[0].observation_space.shape
+        self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+        # Called by train, or as Python ends: a task may have started processes.
+        self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
+        shape = envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
         # If all episodes began together, a rollout would hold the same part of each, and D would
         # see one part after another. So the first ones are cut, at different lengths.
-        longest = self.envs[0].spec.max_episode_steps or 0
+        longest = envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
 
@@ -557,8 +561,7 @@ def train(args):
         for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
-    for env in envs.envs:
-        env.close()
+    envs.close()
     # No curve if a run is resumed with a smaller --total-steps before its first evaluation.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
@@ -684,9 +687,6 @@ def load_policy(path):
         return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
 
 
-# --- demonstrations and evaluation ----------------------------------------------------------------
-
-
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
     with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
@@ -765,6 +765,12 @@ def load_demos(args, inputs, low, high):
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
     return [torch.as_tensor(np.concatenate(column), device=device) for column in zip(*episodes)]
+
+
+def seed_others(number):
+    """A task may draw from these generators; the scripts draw from torch's alone."""
+    seed_python(number)
+    np.random.seed(number)
 
 
 def take(env, action):
@@ -899,7 +905,7 @@ class Run:
         self.steps, self.curve = 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
-        np.random.seed(args.seed)  # the scripts do not draw from it, but a task may
+        seed_others(args.seed)
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -928,11 +934,12 @@ class Run:
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
+        seed_others(args.seed + self.steps)  # as record does
         self.clock = time.perf_counter()
 
     def save(self):
         versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts = {"script": SCRIPT, "args": {**vars(self.args)}, "versions": versions}
         self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
@@ -953,7 +960,8 @@ class Run:
         due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
             self.bar.clear()
-            result = score(f"{now:>9,} steps  ", play(policy.act, args))
+            with torch.random.fork_rng(devices=[]):  # a task may draw from torch's, too
+                result = score(f"{now:>9,} steps  ", play(policy.act, args))
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)
             self.curve.append({"steps": now, "wall_seconds": self.wall_seconds} | result | scalars)
@@ -966,6 +974,7 @@ class Run:
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
+        seed_others(args.seed + now)  # however often it was evaluated
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
@@ -1003,9 +1012,10 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed)
+    seed_others(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
+    say(f"task    {args.env_id}")
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}

@@ -54,6 +54,7 @@ from collections import namedtuple
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from random import seed as seed_python
 
 import gymnasium as gym
 import numpy as np
@@ -601,9 +602,6 @@ def load_policy(path):
         return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
 
 
-# --- demonstrations and evaluation ----------------------------------------------------------------
-
-
 def sizes(env_id):
     """What a Policy needs to know of a task, as plain numbers; BadInput for other kinds of task."""
     with explained(f"--env-id {env_id}"), gym.make(env_id, disable_env_checker=True) as env:
@@ -682,6 +680,12 @@ def load_demos(args, inputs, low, high):
 def tensors(episodes, device="cpu"):
     """The columns of all episodes, observations and actions first: (pairs, ...) each."""
     return [torch.as_tensor(np.concatenate(column), device=device) for column in zip(*episodes)]
+
+
+def seed_others(number):
+    """A task may draw from these generators; the scripts draw from torch's alone."""
+    seed_python(number)
+    np.random.seed(number)
 
 
 def take(env, action):
@@ -816,7 +820,7 @@ class Run:
         self.steps, self.curve = 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
-        np.random.seed(args.seed)  # the scripts do not draw from it, but a task may
+        seed_others(args.seed)
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -845,11 +849,12 @@ class Run:
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
+        seed_others(args.seed + self.steps)  # as record does
         self.clock = time.perf_counter()
 
     def save(self):
         versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)}
-        self.facts = {"script": SCRIPT, "args": vars(self.args), "versions": versions}
+        self.facts = {"script": SCRIPT, "args": {**vars(self.args)}, "versions": versions}
         self.facts |= {name: getattr(self, name) for name in self.kept}  # in summary.json, too
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.log.flush()  # or TensorBoard would miss the last points of a run that is stopped
@@ -870,7 +875,8 @@ class Run:
         due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
             self.bar.clear()
-            result = score(f"{now:>9,} steps  ", play(policy.act, args))
+            with torch.random.fork_rng(devices=[]):  # a task may draw from torch's, too
+                result = score(f"{now:>9,} steps  ", play(policy.act, args))
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)
             self.curve.append({"steps": now, "wall_seconds": self.wall_seconds} | result | scalars)
@@ -883,6 +889,7 @@ class Run:
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
+        seed_others(args.seed + now)  # however often it was evaluated
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
@@ -920,9 +927,10 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed)
+    seed_others(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
+    say(f"task    {args.env_id}")
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
