@@ -12,7 +12,6 @@ only agree between scripts for the same task.
 
 import ast
 import sys
-import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,65 +27,40 @@ OWN_HARNESS = {"parse_args", "sizes", "take", "play", "judge", "Run"}
 OWN_HARNESS |= {"Run.__init__", "Run.record", "Run.finish"}
 
 
-def split(text):
-    """A script's text above the harness, and the harness with its banner."""
-    above = text.index(BANNER)
-    start = text.rindex("# ====", 0, above)
-    return text[:start], text[start:]
-
-
-def definitions(text):
-    """The source of each top-level function and class, by name."""
+def shared(script, text):
+    """The source of its harness, of each function and class, in the harness of each method instead
+    of the class, by name and by task where that matters; without what is its own."""
+    own = OWN | OWN_HARNESS | {"the harness"} if script in ASKING else OWN
     lines = text.splitlines(keepends=True)
-    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    first = {n: min(x.lineno for x in (n, *n.decorator_list)) - 1 for n in nodes}
-    return {n.name: "".join(lines[first[n] : n.end_lineno]) for n in nodes}
+    banner = next(i for i, line in enumerate(lines) if line.startswith(BANNER)) - 1
+    found = {"the harness": "".join(lines[banner:])}
 
+    def add(nodes, prefix=""):
+        for node in nodes:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            first = min(x.lineno for x in (node, *node.decorator_list)) - 1
+            if isinstance(node, ast.ClassDef) and first > banner:
+                add(node.body, f"{node.name}.")
+            else:
+                found[prefix + node.name] = "".join(lines[first : node.end_lineno])
 
-def members(text):
-    """The source of each top-level function and of each method, by name."""
-    found = definitions(text)
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef):
-            source = textwrap.dedent(found.pop(node.name).partition("\n")[2])
-            found |= {f"{node.name}.{name}": body for name, body in definitions(source).items()}
-    return found
+    add(ast.parse(text).body)
+    tasks = dict.fromkeys(PER_TASK, task_of(script))
+    return {(name, tasks.get(name)): x for name, x in found.items() if name not in own}
 
 
 def differences(texts):
     """A line for each thing that should be the same in two scripts and is not."""
     found, first = [], {}
     for script, text in texts.items():
-        above, harness = split(text)
-        parts = {"the harness": harness, **members(harness), **definitions(above)}
-        own = OWN
-        if script in ASKING:
-            own = OWN | OWN_HARNESS | {"the harness"}
-        for name, source in parts.items():
-            if name in own:
-                continue
-            task = task_of(script) if name in PER_TASK else None
-            other, expected = first.setdefault((name, task), (script, source))
+        for key, source in shared(script, text).items():
+            other, expected = first.setdefault(key, (script, source))
             if source != expected:
                 pairs = enumerate(zip(source.splitlines(), expected.splitlines()), 1)
                 line = next((i for i, (a, b) in pairs if a != b), "the last")
-                found.append(f"{name} differs in {other} and {script}, from its line {line} on")
+                found.append(f"{key[0]} differs in {other} and {script}, from its line {line} on")
     return found
-
-
-def copy_from(model, text, same_task=True, same_harness=True):
-    """`text` with the harness and the same-named definitions of the script `model`."""
-    (source, harness), (above, old) = split(model), split(text)
-    ours, theirs = definitions(above), definitions(source)
-    for name in ours.keys() & theirs.keys() - OWN - (set() if same_task else PER_TASK):
-        above = above.replace(ours[name], theirs[name])
-    if not same_harness:
-        ours, theirs = members(old), members(harness)
-        for name in ours.keys() & theirs.keys() - OWN_HARNESS:
-            indent = "    " * ("." in name)
-            ours[name], theirs[name] = (textwrap.indent(x[name], indent) for x in (ours, theirs))
-            old = old.replace(ours[name], theirs[name])
-    return above + (harness if same_harness else old)
 
 
 def task_of(script):
@@ -101,10 +75,11 @@ def texts():
 
 def main():
     if len(sys.argv) > 1:
-        model, found = sys.argv[1], texts()
-        for name, text in found.items():
-            alike = (task_of(name) == task_of(model), (name in ASKING) == (model in ASKING))
-            (ROOT / name).write_text(copy_from(found[model], text, *alike))
+        model = shared(sys.argv[1], texts()[sys.argv[1]])
+        for script, text in texts().items():
+            for key, source in shared(script, text).items():
+                text = text.replace(source, model.get(key, source))
+            (ROOT / script).write_text(text)
     found = differences(texts())
     print("\n".join(found) or "the scripts agree")
     return bool(found)
