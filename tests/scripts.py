@@ -26,12 +26,12 @@ FILES = Path(tempfile.mkdtemp())  # what the toys' experts did
 
 @dataclass(frozen=True)
 class Case:
-    """A script, a task that is over in no time, and flags."""
+    """A script, a task that is over in no time, and flags; or a program under experts/."""
 
     script: str
-    env_id: str
-    flags: str
-    every: int  # how far an iteration takes it
+    env_id: str = ""
+    flags: str = ""
+    every: int = 1  # how far an iteration takes it
 
     def __str__(self):
         return f"{self.script}-{self.env_id}"

@@ -4,40 +4,27 @@ import base64
 import io
 import json
 import pickle
-import sys
 import zipfile
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import Case
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 from written import Payload, contents
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experts"))
-convert, from_minari, shared = map(import_module, ("convert", "from_minari", "shared"))
+CONVERT, MINARI = Case("convert"), Case("from_minari")
+convert, from_minari, shared = CONVERT.module, MINARI.module, Case("shared").module
 h5py = from_minari.h5py
 
 
-@pytest.fixture
-def refuses(tmp_path, capsys, monkeypatch):
-    """In one line on stderr, with nothing written and nothing run."""
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def refuses(module, word, *argv):
-        before = contents(Path())
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="2"):
-            module.main(argv)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert word in line and len(line) < 450
-        assert contents(Path()) == before
-
-    return refuses
 
 
 def model(algorithm=SAC, env="ToyBox-v0", policy="MlpPolicy", options=None, **kwargs):
@@ -119,9 +106,9 @@ TO_TOY = ["model.zip", "--env-id", "ToyBox-v0", "--out", "expert.pt"]
 
 
 @pytest.mark.parametrize("made, env_id, word", BAD_MODELS)
-def test_bad_models(made, env_id, word, refuses):
+def test_bad_models(made, env_id, word, refused):
     model(**made).save("model.zip")
-    refuses(convert, word, "model.zip", "--env-id", env_id, "--out", "expert.pt")
+    refused(CONVERT, ["model.zip", "--env-id", env_id, "--out", "expert.pt"], word)
 
 
 @pytest.fixture(scope="module")
@@ -133,33 +120,33 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("which, change, word", BAD_FILES)
-def test_bad_files(which, change, word, good, refuses):
+def test_bad_files(which, change, word, good, refused):
     data, weights = good
     if which == "weights":
         weights = change(weights)
     else:
         data = change if which == "all" else data | {which: data.get(which, {}) | change}
     write("model.zip", data, weights)
-    refuses(convert, word, *TO_TOY)
+    refused(CONVERT, TO_TOY, word)
 
 
-def test_what_lies_around_a_model(good, refuses, monkeypatch):
-    refuses(convert, "not found", *TO_TOY)
+def test_what_lies_around_a_model(good, refused, monkeypatch):
+    refused(CONVERT, TO_TOY, "not found")
     pickled = {":serialized:": base64.b64encode(pickle.dumps(Payload(Path()))).decode()}
     write("model.zip", good[0] | {"seed": pickled, "policy_kwargs": pickled}, good[1])
     (normalizer := Path("model_vecnormalize_9_steps.pkl")).touch()
-    refuses(convert, "VecNormalize", *TO_TOY)
+    refused(CONVERT, TO_TOY, "VecNormalize")
     normalizer.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(convert, "MAX_BYTES", 1000)
-        refuses(convert, "at most 1000", *TO_TOY)
+        refused(CONVERT, TO_TOY, "at most 1000")
     convert.main(TO_TOY + ["--env-id", "toys:ToyBox-v0"])
     assert torch.load("expert.pt", weights_only=True)["env_id"] == "ToyBox-v0"  # as a script asks
     assert not Path("canary").exists()  # what is pickled in the settings stays so
-    refuses(convert, "exists", *TO_TOY)
+    refused(CONVERT, TO_TOY, "exists")
 
 
-MINARI = ["toy", "--out", "demos.npz"]
+TOY = ["toy", "--out", "demos.npz"]
 
 
 def dataset(change=None, about=None):
@@ -183,11 +170,10 @@ def dataset(change=None, about=None):
                 group[name] = value
 
 
-def test_minari(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_minari(monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", "toy/..")
     dataset()
-    from_minari.main(MINARI)
+    from_minari.main(TOY)
     demos, last = np.load("demos.npz"), h5py.File("toy/data/main_data.hdf5")["episode_1"]
     assert np.array_equal(demos["observations"][5:], last["observations"][:-1])
     assert demos["actions"].dtype == np.int64 and list(demos["actions"]) == [0, 1, 0, 1, 0, 0, 1, 0]
@@ -215,9 +201,9 @@ BAD_DATASETS = [  # what is changed in the second episode, in the metadata; a wo
 
 
 @pytest.mark.parametrize("change, about, word", BAD_DATASETS)
-def test_bad_datasets(change, about, word, refuses):
+def test_bad_datasets(change, about, word, refused):
     dataset(change, about)
-    refuses(from_minari, word, *MINARI)
+    refused(MINARI, TOY, word)
 
 
 def test_the_result_cannot_be_written(tmp_path, monkeypatch):
@@ -231,20 +217,20 @@ def test_the_result_cannot_be_written(tmp_path, monkeypatch):
     assert list(contents(tmp_path).values()) == [b"old"]
 
 
-def test_bad_folders(refuses, monkeypatch):
-    refuses(from_minari, "no folder", *MINARI)
+def test_bad_folders(refused, monkeypatch):
+    refused(MINARI, TOY, "no folder")
     dataset()
-    refuses(from_minari, "has 2 episodes", *MINARI, "--episodes", "3")
+    refused(MINARI, [*TOY, "--episodes", "3"], "has 2 episodes")
     data, about = Path("toy/data/main_data.hdf5"), Path("toy/data/metadata.json")
     content = data.read_bytes()
     data.write_bytes(content[:-100])
-    refuses(from_minari, "truncated", *MINARI)
+    refused(MINARI, TOY, "truncated")
     h5py.File(data, "w").close()
-    refuses(from_minari, "has 0 episodes", *MINARI)
+    refused(MINARI, TOY, "has 0 episodes")
     about.write_bytes(pickle.dumps(Payload(Path())))
-    refuses(from_minari, "not JSON", *MINARI)
-    refuses(from_minari, "its folder does not exist", *MINARI, "--out", "no/demos.npz")
+    refused(MINARI, TOY, "not JSON")
+    refused(MINARI, [*TOY, "--out", "no/demos.npz"], "its folder does not exist")
     Path("demos.npz").touch()
-    refuses(from_minari, "exists", *MINARI)
+    refused(MINARI, TOY, "exists")
     monkeypatch.setattr(from_minari, "h5py", None)
-    refuses(from_minari, "pip install h5py", *MINARI)
+    refused(MINARI, TOY, "pip install h5py")

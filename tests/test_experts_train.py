@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from scripts import Case
 from test_converters import check_same
 
 missing = importlib.util.find_spec("sbx") is None
@@ -64,11 +65,10 @@ def test_a_weak_expert_is_refused_and_nothing_is_written(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_existing_file_is_refused_before_training(run, tmp_path):
-    (tmp_path / "a.npz").write_bytes(b"mine")
-    status, errors = run("CartPole-v1", "--demos", "a.npz", "--out", "run")
-    assert status == 2 and "a.npz" in errors and errors.count("\n") == 1
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.npz", b"mine")]
+def test_an_existing_file_is_refused_before_training(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    Path("a.npz").write_bytes(b"mine")
+    refused(Case("train"), ["CartPole-v1", "--demos", "a.npz", "--out", "run"], "a.npz")
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac", TQC])
