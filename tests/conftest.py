@@ -22,11 +22,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def long(request):
-    return request.config.getoption("--long")
-
-
-@pytest.fixture
 def seeded():
     torch.manual_seed(0)
 

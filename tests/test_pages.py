@@ -120,9 +120,9 @@ def test_commands_parse(page):
             importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
 
 
-def test_commands_run(long, tmp_path):
+def test_commands_run(pytestconfig, tmp_path):
     """All of them, one after the other in one copy, on a tiny budget."""
-    if not long:
+    if not pytestconfig.getoption("--long"):
         pytest.skip("minutes: --long")
     unwanted = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", "*.tmp")
     shutil.copytree(ROOT, tmp_path / "clone", ignore=unwanted)

@@ -25,9 +25,10 @@ VALUE = NUMBERS.map(str) | some.text(LETTERS, max_size=9) | KNOWN
 
 
 @pytest.fixture
-def example(long):
+def example(pytestconfig):
     """Calls the decorated function with random arguments, 50 times or 2,000."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    long = pytestconfig.getoption("--long")
     plan = {"max_examples": 2_000 if long else 50, "derandomize": not long, "database": None}
     limit = settings(deadline=None, suppress_health_check=checks, **plan)
     return lambda **arguments: lambda function: limit(given(**arguments)(function))()
@@ -92,9 +93,9 @@ def places(content, path=()):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of networks without a neuron
 @pytest.mark.parametrize("kind", FILES)
-def test_any_change_to_what_torch_wrote(kind, example, finish, tmp_path, capsys, long):
+def test_any_change_to_what_torch_wrote(kind, example, finish, tmp_path, capsys, pytestconfig):
     """A value is replaced or removed somewhere in it. A checkpoint that loads takes time."""
-    if kind == "checkpoint" and not long:
+    if kind == "checkpoint" and not pytestconfig.getoption("--long"):
         pytest.skip("needs --long")
     case = FILES[kind]
     folder = shutil.copytree(finish(case), tmp_path / "run")

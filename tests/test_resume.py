@@ -170,11 +170,11 @@ def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, refused
 
 
 @pytest.mark.parametrize("case", [PPO, AGGREVATED], ids=str)
-def test_a_checkpoint_with_any_damage(case, finish, tmp_path, capsys, long):
+def test_a_checkpoint_with_any_damage(case, finish, tmp_path, capsys, pytestconfig):
     """It is refused, unless the damage is where it changes nothing."""
     whole, rng = (finish(case) / "checkpoint.pt").read_bytes(), random.Random(0)
     policy, statuses = case.run(tmp_path / "more", iterations=4), []
-    for number in range(1_000 if long else 40):
+    for number in range(1_000 if pytestconfig.getoption("--long") else 40):
         folder = shutil.copytree(finish(case), tmp_path / str(number))
         damaged, at, size = bytearray(whole), rng.randrange(len(whole)), rng.choice([1, 64])
         damaged[at : at + size] = rng.randbytes(size)
