@@ -87,22 +87,21 @@ def test_a_policy_that_has_moved_too_far_waits_for_the_next_rollout(tmp_path):
     assert same(policies[5, 0], policies[1, 9]) and not same(policies[5, 9], policies[1, 9])
 
 
-@pytest.mark.parametrize("env_id, power", [("Toy-v0", 1), ("ToyBox-v0", 8)])
-def test_what_is_kept_is_an_average_of_the_policies(env_id, power, tmp_path, monkeypatch):
-    """The k-th counts k times; of a Gaussian, k (k + 1) ... (k + 7) times."""
-    policies, move = [], gail.move_average
+AVERAGED = [(BC, 1, 0), (PPO, PPO.every, 1), (dataclasses.replace(PPO, env_id="ToyBox-v0"), 48, 8)]
 
-    def note(average, policy, rate):
-        policies.append(copy.deepcopy(policy.state_dict()))
-        move(average, policy, rate)
 
-    monkeypatch.setattr(gail, "move_average", note)
-    case = dataclasses.replace(PPO, env_id=env_id)
-    kept = case.run(tmp_path / "run", iterations=10)
-    counts = [math.prod(range(k, k + power)) for k in range(1, 11)]
+@pytest.mark.parametrize("case, update, power", AVERAGED, ids=str)
+def test_what_is_kept_is_an_average_of_the_policies(case, update, power, tmp_path):
+    """The k-th counts k times; of a Gaussian, k (k + 1) ... (k + 7) times; of clones, once."""
+    policies = []
+    for k in range(1, 7):
+        folder = tmp_path / f"{k}"
+        kept = case.run(folder, "--total-steps", k * update, "--eval-every", 10**6)
+        policies.append(checkpoint(folder)["parts"]["policy"])
+    counts = [math.prod(range(k, k + power)) for k in range(1, 7)]
     for name, value in kept.items():
         exact = sum(n * policy[name].double() for n, policy in zip(counts, policies)) / sum(counts)
-        assert torch.allclose(value.double(), exact, atol=1e-5), name
+        assert torch.allclose(value.double(), exact, atol=1e-6), name
 
 
 def test_a_policy_over_discrete_actions():

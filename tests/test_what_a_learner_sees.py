@@ -154,15 +154,6 @@ def test_cloning_keeps_the_policy_with_the_least_loss_on_pairs_it_does_not_learn
     assert same(kept, BC.run(tmp_path / "short", *flags, iterations=int(best) + 1))
 
 
-def test_cloning_keeps_the_mean_of_its_policies(tmp_path):
-    """Of the first thousand, that is: here there are four."""
-    for steps in range(1, 5):
-        kept = BC.run(tmp_path / f"{steps}", "--total-steps", steps)
-    policies = [checkpoint(tmp_path / f"{steps}")["parts"]["policy"] for steps in range(1, 5)]
-    for name, weight in kept.items():
-        assert torch.allclose(weight, sum(policy[name] for policy in policies) / 4, atol=1e-6)
-
-
 @pytest.mark.parametrize("case", [PPO, *RACECAR[:1]], ids=str)
 def test_cloning_beside_ppo_pulls_towards_the_expert(case, tmp_path):
     """Where the discriminator is not trained, nothing else does."""
