@@ -152,12 +152,13 @@ BEST = [  # by the loss on other pairs; by the validated return, which falls wit
 
 @pytest.mark.parametrize("case, measure, best_of, flags", BEST)
 def test_the_best_policy_is_kept(case, measure, best_of, flags, tmp_path):
-    """A run that ends with the best ends with the same policy."""
+    """And evaluated: a run that ends with the best ends with the same policy and result."""
     kept = case.run(tmp_path / "whole", *flags.split(), iterations=8)
-    curve = read_json(tmp_path / "whole" / "summary.json")["curve"]
-    best = int(best_of([point[measure] for point in curve]))
+    whole = read_json(tmp_path / "whole" / "summary.json")
+    best = int(best_of([point[measure] for point in whole["curve"]]))
     assert best < 7
     assert same(kept, case.run(tmp_path / "short", *flags.split(), iterations=best + 1))
+    assert whole["learner"] == read_json(tmp_path / "short" / "summary.json")["learner"]
 
 
 @pytest.mark.parametrize("case", [PPO, *RACECAR[:1]], ids=str)
