@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -278,16 +279,11 @@ def test_absorbing_pairs_are_the_rest_of_the_discounted_occupancy():
 
 
 @pytest.mark.parametrize("absorbing", ["yes", "no"])
-def test_with_an_absorbing_state_d_learns_from_ten_rollouts(absorbing, tmp_path, monkeypatch):
+def test_with_an_absorbing_state_d_learns_from_ten_rollouts(absorbing, tmp_path):
     """Otherwise from the newest, of 48 steps."""
-    learn, seen = gail.update_discriminator, []
-
-    def watched(discriminator, optimizer, expert_pairs, policy_pairs, args):
-        seen.append(len(policy_pairs))
-        return learn(discriminator, optimizer, expert_pairs, policy_pairs, args)
-
-    monkeypatch.setattr(gail, "update_discriminator", watched)
-    PPO.run(tmp_path / "run", "--absorbing", absorbing, iterations=12)
+    with mock.patch.object(gail, "update_discriminator", wraps=gail.update_discriminator) as learn:
+        PPO.run(tmp_path / "run", "--absorbing", absorbing, iterations=12)
+    seen = [len(policy_pairs) for (_, _, _, policy_pairs, _), _ in learn.call_args_list]
     kept = checkpoint(tmp_path / "run")["parts"]["recent"]
     if absorbing == "no":
         assert seen == [48] * 12 and kept == []
@@ -363,16 +359,11 @@ def energy(x, y):
     return total
 
 
-def test_squared_energy_distance_by_its_definition():
-    x, y = torch.randn(7, 3).double(), torch.randn(5, 3).double() + 1
-    assert gail.squared_energy_distance(x, y) == pytest.approx(energy(x.numpy(), y.numpy()))
-
-
 def test_occupancy_distances_by_their_definition():
     rng = np.random.default_rng(0)
 
-    def episodes(shift):
-        seen = rng.normal(shift, [1, 9, 0.1, 0], (2, 8, 4)).astype(np.float32)
+    def episodes(shift, many=2):
+        seen = rng.normal(shift, [1, 9, 0.1, 0], (many, 8, 4)).astype(np.float32)
         last = 4 if shift < 2 else 3  # the random policy never took the last action
         return [gail.Episode(x, rng.integers(1, last, 8), *np.zeros((3, 8))) for x in seen]
 
@@ -380,7 +371,7 @@ def test_occupancy_distances_by_their_definition():
         seen, taken = (np.concatenate([e[k] for e in played]) for k in (0, 1))
         return np.concatenate([seen, np.eye(3)[taken - 1]], 1)
 
-    held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5)}
+    held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5, many=3)}
     unit = pairs(held_out).std(0, ddof=1)
     unit[unit == 0] = 1  # what never varies keeps its own units
     exact = {k: energy(pairs(v) / unit, pairs(held_out) / unit) for k, v in samples.items()}
