@@ -73,8 +73,8 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_with_a_higher_budget(case, finish, tmp_path):
-    """And once more: what was changed on the way is kept, the curve and the clock go on."""
+def test_with_a_higher_budget_it_goes_on_and_with_a_lower_one_it_ends(case, finish, tmp_path):
+    """What was changed on the way is kept, the curve and the clock go on."""
     folder, finished = tmp_path / "run", finish(case)
     case.run(folder, iterations=1)
     first = read_json(folder / "summary.json")
@@ -86,13 +86,9 @@ def test_with_a_higher_budget(case, finish, tmp_path):
     assert ours["curve"][:1] == first["curve"] and len(ours["curve"]) == len(theirs["curve"])
     assert ours["curve"][1]["wall_seconds"] > first["wall_seconds"]
     assert ours["steps"] == theirs["steps"] and ours.get("demos") == theirs.get("demos")
-
-
-def test_with_a_lower_budget_it_ends_at_once(finish, tmp_path):
-    folder = shutil.copytree(finish(PPO), tmp_path / "run")
     (folder / "summary.json").unlink()
-    assert same(PPO.resume(folder, "--total-steps", 1), weights(finish(PPO)))
-    assert read_json(folder / "summary.json")["steps"] == 3 * PPO.every
+    assert same(case.resume(folder, "--total-steps", 1), weights(finished))
+    assert read_json(folder / "summary.json")["steps"] == 3 * case.every
 
 
 @pytest.mark.parametrize("case", [BC, AGGREVATED], ids=str)
