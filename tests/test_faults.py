@@ -114,21 +114,19 @@ def test_other_streams(stream, tmp_path, finish, monkeypatch):
     assert BC.main(*argv) == 0 and same(weights(tmp_path / "run"), weights(finish(BC)))
 
 
-@pytest.mark.parametrize("flags, status", [("", 0), ("--help", 0), ("--seed x", 2)])
-def test_a_full_stream(flags, status, tmp_path):
+RUN = BC.argv("--env-id", "toys:Toy-v0", "--out", "run")
+PROGRAMS = [f"experts/{name}.py" for name in ("convert", "from_minari", "racecar", "train")]
+FULL = [("bc_cartpole.py", RUN, 0), ("bc_cartpole.py", ["--seed", "x"], 2)]
+FULL += [(program, ["--help"], 0) for program in ("bc_cartpole.py", *PROGRAMS)]
+
+
+@pytest.mark.parametrize("program, words, status", FULL)
+def test_a_full_stream(program, words, status, tmp_path):
     """Python tries to write what is left once more at its end; that must not change the status."""
     with open("/dev/full", "w") as full:
-        streams = {"stdout": full, "stderr": full}
-        argv = BC.argv("--env-id", "toys:Toy-v0", "--out", tmp_path / "run", *flags.split())
-        process = BC.start(*argv, **streams)
-        assert process.wait(120) == status
-
-
-@pytest.mark.parametrize("program", ["convert", "from_minari", "racecar", "train"])
-def test_help_into_a_full_stream(program):
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, ROOT / "experts" / f"{program}.py", "--help"]
-        subprocess.run(command, stdout=full, stderr=full, env=environment(), check=True)
+        streams = {"stdout": full, "stderr": full, "cwd": tmp_path, "env": environment()}
+        done = subprocess.run([sys.executable, ROOT / program, *words], **streams, timeout=120)
+    assert done.returncode == status
 
 
 def test_a_name_in_another_encoding(tmp_path):
