@@ -113,7 +113,10 @@ def roll(alpha, *flags):
     return teacher, script.roll_in(new_policy(), teacher, alpha, args)
 
 
-def test_roll_ins_hold_transitions_one_trajectory_after_the_other():
+def test_roll_ins_hold_transitions_one_trajectory_after_the_other(monkeypatch):
+    """A fall is a bool, whatever is_fall returns."""
+    is_fall = script.is_fall
+    monkeypatch.setattr(script, "is_fall", lambda *step: int(is_fall(*step)))
     teacher, batch = roll(0.5, "--noise", 0.5)
     seen, then = batch["observations"], batch["next_observations"]
     ends = (seen[1:] != then[:-1]).any(-1)
@@ -122,11 +125,6 @@ def test_roll_ins_hold_transitions_one_trajectory_after_the_other():
         assert torch.allclose(batch[name], teacher.greedy(states), atol=1e-5)
     assert batch["fell"].dtype == torch.bool and torch.equal(batch["fell"], then[:, 0].abs() > 1)
     assert batch["actions"].abs().max() <= 1
-
-
-def test_a_fall_is_a_bool_whatever_is_fall_returns(monkeypatch):
-    monkeypatch.setattr(script, "is_fall", lambda env_id, reward, terminated: int(terminated))
-    assert roll(0.5)[1]["fell"].dtype == torch.bool
 
 
 def test_who_begins_and_who_ends_a_trajectory():
@@ -152,10 +150,13 @@ def test_actions_that_are_not_finite_never_reach_box2d():
 
 
 def test_a_run_counts_alpha_down_and_keeps_every_transition(finish):
+    """The first of them, the expert's, standardise what the policy and the critics see."""
     summary = read_json(finish(AGGREVATED) / "summary.json")
-    transitions = checkpoint(finish(AGGREVATED))["parts"]["transitions"]
+    parts, kept = checkpoint(finish(AGGREVATED))["parts"], weights(finish(AGGREVATED))
     assert [point["charts/alpha"] for point in summary["curve"]] == [1, 0.8, 0.6]
-    assert len(transitions["rewards"]) == summary["env_steps"]
+    assert len(parts["transitions"]["rewards"]) == summary["env_steps"]
+    assert kept["deviation"].min() >= script.LEAST_DEVIATION and (kept["mean"] != 0).any()
+    assert torch.allclose(parts["critics"]["networks.0.mean"][:3], kept["mean"], atol=1e-5)
 
 
 def test_validation_and_final_evaluation_never_share_a_seed():
@@ -179,13 +180,6 @@ def test_the_learner_of_one_run_is_the_expert_of_the_next(tmp_path):
     AGGREVATED.run(tmp_path / "next", *task, "--expert", tmp_path / "one" / "policy.pt")
     learner, expert = (read_json(tmp_path / x / "summary.json") for x in ("one", "next"))
     assert learner["learner"]["return_mean"] == expert["expert"]["return_mean"]
-
-
-def test_what_is_standardised(finish):
-    """The policy's inputs, by the expert's first trajectories; the critics' too."""
-    parts, kept = checkpoint(finish(AGGREVATED))["parts"], weights(finish(AGGREVATED))
-    assert kept["deviation"].min() >= script.LEAST_DEVIATION and (kept["mean"] != 0).any()
-    assert torch.allclose(parts["critics"]["networks.0.mean"][:3], kept["mean"], atol=1e-5)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
