@@ -40,6 +40,7 @@ TINY = {"bc_cartpole": 100, "gail_cartpole": 500, "gail_offline_cartpole": 100}
 TINY |= {"gail_racecar_ppo": 500, "gail_racecar_reinforce": 500, "aggrevated_bipedal": 1}
 SHORTER = "--num-envs 2 --switch 9 --critic-updates 2 --policy-updates 2"
 CODE = r"(?ms)^```.*?^```$"
+BLOCK = r"(?ms)^```(\w*)\n(.*?)^```$|(?<=\n\n)((?:    [^\n]*\n)+)"  # fenced, or indented
 
 
 def anchors(page):
@@ -50,18 +51,14 @@ def anchors(page):
 
 def commands(page):
     """Its shell commands, and its Python, in their order; Python without shell between is one."""
-    found, fence, before = [], None, ""
-    for line in page.read_text().splitlines():
-        if line.startswith("```"):
-            fence = None if fence else line.removeprefix("```")
-            if fence == "python" and not (found and found[-1][0] == "python"):
-                found.append(["python", ""])
-        elif fence == "python":
-            found[-1][1] += line + "\n"
-        elif fence or (line.startswith("    ") and (not before or before.startswith("    "))):
-            words = line.split("  #")[0].strip()
-            found += [["shell", part] for part in words.split(" && ") if part]
-        before = line
+    found = []
+    for language, fenced, indented in re.findall(BLOCK, page.read_text()):
+        if language == "python":
+            before = found.pop()[1] if found and found[-1][0] == "python" else ""
+            found.append(("python", before + fenced))
+        else:
+            words = [line.split("  #")[0].strip() for line in (fenced + indented).splitlines()]
+            found += [("shell", part) for x in words for part in x.split(" && ") if part]
     return found
 
 

@@ -24,6 +24,7 @@ PROGRAM = ROOT / "experts/racecar.py"
 PARKED = np.float32([0, 0])
 NOT_ACTIONS = [[np.nan, 0], [0, np.inf], [0], [0] * 3, [[0, 0]], 0.5, {0: 1, 1: 2}, None]
 NOT_ACTIONS += ["ab", [1j, 0]]
+WAYS = [copy.deepcopy, copy.copy, lambda env: pickle.loads(pickle.dumps(env))]  # to a copy
 
 
 def random_actions(seed, *shape):
@@ -54,10 +55,6 @@ def teleport(env, x, y, yaw):
 
 def wall_distance(env):
     return min(point[8] for point in env.physics.getClosestPoints(env.car, env.walls, 5.0))
-
-
-def by_pickle(env):
-    return pickle.loads(pickle.dumps(env))
 
 
 @pytest.mark.parametrize("before", ["", "import os; os.close(2);"], ids=["shell", "daemon"])
@@ -225,7 +222,7 @@ def test_seed_and_actions_are_a_snapshot_after_any_history():
     assert drive(env, actions) == drive(replayed, actions)  # the episodes that follow as well
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy, by_pickle])
+@pytest.mark.parametrize("copy_of", WAYS)
 def test_a_copy_goes_on_alike_and_by_itself(copy_of):
     env = RaceCarEnv(coin_reward=1, render_mode="rgb_array")
     unseeded = copy_of(env)
