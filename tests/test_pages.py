@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import sync
-from scripts import PYBULLET, ROOT, environment, python
+from scripts import PYBULLET, ROOT, SCRIPTS, environment, python
 
-SCRIPTS = [ROOT / "docs" / name.replace(".py", ".md") for name in sync.SCRIPTS]
-COUNTED = [ROOT / "README.md", ROOT / "docs" / "index.md", *SCRIPTS, ROOT / "docs/racecar_env.md"]
+OURS = [ROOT / "docs" / name.replace(".py", ".md") for name in sync.SCRIPTS]
+COUNTED = [ROOT / "README.md", ROOT / "docs" / "index.md", *OURS, ROOT / "docs/racecar_env.md"]
 STUDIES = sorted(ROOT.glob("docs/studies/*.md"))
 FOLDERS = ("", "docs/**/", "experts/", "benchmark/**/")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
@@ -35,10 +35,7 @@ NOT_RUN = {  # part of a command or of a block: why it is not run here
     "trajectories": "needs the imitation library and a dataset of the reader's",
 }
 NOT_RUN |= {} if PYBULLET else {"racecar": "no pybullet"}
-# Steps of a short run; one of aggrevated_bipedal.py is an iteration, which has to be short, too.
-TINY = {"bc_cartpole": 100, "gail_cartpole": 500, "gail_offline_cartpole": 100}
-TINY |= {"gail_racecar_ppo": 500, "gail_racecar_reinforce": 500, "aggrevated_bipedal": 1}
-SHORTER = "--num-envs 2 --switch 9 --critic-updates 2 --policy-updates 2"
+SHORT = {case.script: case for case in SCRIPTS}
 CODE = r"(?ms)^```.*?^```$"
 BLOCK = r"(?ms)^```(\w*)\n(.*?)^```$|(?<=\n\n)((?:    [^\n]*\n)+)"  # fenced, or indented
 
@@ -65,13 +62,12 @@ def commands(page):
 def shortened(command):
     """The same command with a tiny budget."""
     match = re.match(r"python (\w+)\.py ", f"{command} ")
-    if not match or match[1] not in TINY:
+    if not match or match[1] not in SHORT:
         return command
+    case = SHORT[match[1]]
     if "--resume" in command:
-        return f"{command} --total-steps {2 * TINY[match[1]]}"
-    if match[1] == "aggrevated_bipedal":
-        command += f" {SHORTER}"
-    return f"{command} --eval-episodes 2 --total-steps {TINY[match[1]]}"
+        return f"{command} --total-steps {2 * case.every}"
+    return f"{command} {case.flags} --eval-episodes 2 --total-steps {case.every}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -88,7 +84,7 @@ def test_links(page):
 
 def test_lengths():
     assert sum(len(page.read_text().split()) for page in COUNTED) <= 9_000
-    assert {page: n for page in SCRIPTS if (n := len(page.read_text().splitlines())) > 150} == {}
+    assert {page: n for page in OURS if (n := len(page.read_text().splitlines())) > 150} == {}
     assert {page: n for page in STUDIES if (n := len(page.read_text().splitlines())) > 200} == {}
 
 
@@ -113,7 +109,7 @@ def test_commands_parse(page):
     """Their flags exist. (A resumed run's are read together with the run.)"""
     for kind, command in commands(page):
         words = shlex.split(command) if kind == "shell" else []
-        if words[:1] == ["python"] and Path(words[1]).stem in TINY and "--resume" not in words:
+        if words[:1] == ["python"] and Path(words[1]).stem in SHORT and "--resume" not in words:
             importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
 
 
