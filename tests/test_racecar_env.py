@@ -137,29 +137,20 @@ def test_the_world_is_the_specified_one():
             assert height(x0 + part * (x1 - x0), y0 + part * (y1 - y0)) == 0.5
 
 
-def test_a_wall_ends_the_episode_at_the_first_touch():
-    env = RaceCarEnv(start_noise=0)
-    for throttle in (0.1, 0.4, 1):
+def test_the_first_touch_of_a_wall_or_one_metre_from_the_finish_ends_an_episode():
+    start, env = (0.5, 0.5, np.pi / 2), RaceCarEnv()
+    to_a_wall = [(start, throttle) for throttle in (0.1, 0.4, 1)]
+    for pose, throttle in [*to_a_wall, ((13.2, 7.5, 0), 0.4), ((14.3, 6.3, np.pi / 2), 0.4)]:
         env.reset(seed=0)
+        teleport(env, *pose)
         terminated = False
         while not terminated:
-            assert wall_distance(env) > 0
-            _, reward, terminated, truncated, info = env.step(np.float32([0, throttle]))
-            assert reward == (-1 if terminated else 0)
-        assert wall_distance(env) <= 0 and not truncated and not info["is_success"]
-
-
-def test_the_finish_pays_three_within_one_metre():
-    env = RaceCarEnv()
-    for x, y, yaw in ((13.2, 7.5, 0), (14.3, 6.3, np.pi / 2)):
-        env.reset(seed=0)
-        teleport(env, x, y, yaw)
-        terminated = False
-        while not terminated:
-            observation, reward, terminated, _, info = env.step(np.float32([0, 0.4]))
-            assert (math.dist(info["position"][:2], (14.5, 7.5)) <= 1.0) == terminated
-            assert reward == (3 if terminated else 0)
-        assert info["is_success"] is True and env_module.progress(observation) == 1
+            observation, reward, terminated, truncated, info = env.step([0, throttle])
+            touches = wall_distance(env) <= 0
+            near = math.dist(info["position"][:2], (14.5, 7.5)) <= 1
+            assert terminated == (touches or near) and not truncated
+            assert reward == 3 * near - touches and info["is_success"] is near
+        assert near == (pose is not start) == (env_module.progress(observation) == 1)
 
 
 def test_start_noise_fills_its_range_and_is_clear_of_the_walls():
