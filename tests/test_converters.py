@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import Case
+from scripts import AGGREVATED, Case
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.sac.policies import SACPolicy
@@ -48,19 +48,11 @@ def write(path, data, weights):
 
 
 def check_same(path, model):
-    """The model's actions, from the file alone, as its format is defined."""
-    expert = torch.load(path, weights_only=True)
-    settings, weights = expert["settings"], expert["weights"]
-    seen = np.random.normal(size=(100, settings["sizes"][0])).astype(np.float32)
-    x = (torch.as_tensor(seen) - weights["mean"]) / weights["deviation"]
-    last = len(settings["sizes"]) - 2
-    for i in range(last + 1):
-        x = x @ weights[f"network.{2 * i}.weight"].T + weights[f"network.{2 * i}.bias"]
-        x = getattr(torch, settings["activation"] if i < last else "tanh")(x)
-    low, high = torch.tensor(settings["low"]), torch.tensor(settings["high"])
-    ours, (theirs, _) = (low + high + (high - low) * x) / 2, model.predict(seen, None, None, True)
-    assert np.abs(ours.numpy() - theirs).max() < 1e-5 and theirs.std(0).min() > 1e-4
-    return expert
+    """The script that queries such a file acts as the model does."""
+    expert, _ = AGGREVATED.module.load_policy(path)
+    seen = np.random.normal(size=(100, expert.settings["sizes"][0])).astype(np.float32)
+    ours, (theirs, _) = expert.act(seen), model.predict(seen, None, None, True)
+    assert np.abs(ours - theirs).max() < 1e-5 and theirs.std(0).min() > 1e-4
 
 
 @pytest.mark.parametrize("env_id", ["ToyBox-v0", "Pendulum-v1"])
