@@ -59,38 +59,33 @@ def test_an_archive_that_unpacks_to_gigabytes(claim, shape, tmp_path, refused):
     refused(BC, BC.argv("--out", tmp_path / "new", "--demos", path), path)
 
 
-def bad_demonstrations():
-    """What differs from good ones, and a word that the line must hold."""
-    good = dict(np.load(demos("Toy-v0")))
-    size, nan = len(good["actions"]), good["observations"].copy()
-    nan[3, 1] = np.nan
-    late = np.roll(good["episode_starts"], 1)
-    return {
-        "another shape": ({"observations": good["observations"][:, :2]}, ""),
-        "texts": ({"observations": good["observations"].astype(str)}, ""),
-        "NaN": ({"observations": nan}, "NaN"),
-        "overflow": ({"observations": np.full((size, 3), 1e300)}, ""),
-        "actions that are floats": ({"actions": good["actions"] * 1.0}, ""),
-        "action too large": ({"actions": good["actions"] * 4}, "actions"),
-        "action too small": ({"actions": good["actions"] * 0}, "actions"),
-        "too few rewards": ({"rewards": np.ones(size - 1)}, ""),
-        "no start in the first row": ({"episode_starts": late}, "start"),
-        "no steps": ({k: good[k][:0] for k in good if k != "metadata"}, ""),
-        "one episode too many": ({"terminated": np.ones(25, bool)}, ""),
-        "another task": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
-        "a task without a version": ({"metadata": json.dumps({"env_id": "Toy-vel"})}, "Toy-vel"),
-        "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 999})}, "x x"),
-        "no task": ({"metadata": "{}"}, "env_id"),
-        "objects": ({"actions": np.array([Payload(ROOT)] * size, object)}, "allow_pickle"),
-        **{f"no {name}": ({name: None}, name) for name in good if name != "rewards"},
-    }
+GOOD = dict(np.load(demos("Toy-v0")))
+SIZE, NAN = len(GOOD["actions"]), GOOD["observations"].copy()
+NAN[3, 1] = np.nan
+BAD_DEMONSTRATIONS = {  # what differs from good ones, and a word that the line must hold
+    "another shape": ({"observations": GOOD["observations"][:, :2]}, ""),
+    "texts": ({"observations": GOOD["observations"].astype(str)}, ""),
+    "NaN": ({"observations": NAN}, "NaN"),
+    "overflow": ({"observations": np.full((SIZE, 3), 1e300)}, ""),
+    "actions that are floats": ({"actions": GOOD["actions"] * 1.0}, ""),
+    "action too large": ({"actions": GOOD["actions"] * 4}, "actions"),
+    "action too small": ({"actions": GOOD["actions"] * 0}, "actions"),
+    "too few rewards": ({"rewards": np.ones(SIZE - 1)}, ""),
+    "no start in the first row": ({"episode_starts": np.roll(GOOD["episode_starts"], 1)}, "start"),
+    "no steps": ({name: GOOD[name][:0] for name in GOOD if name != "metadata"}, ""),
+    "one episode too many": ({"terminated": np.ones(25, bool)}, ""),
+    "another task": ({"metadata": json.dumps({"env_id": "Toy-vel-v0"})}, "Toy-vel-v0"),
+    "a task without a version": ({"metadata": json.dumps({"env_id": "Toy-vel"})}, "Toy-vel"),
+    "a name of many lines": ({"metadata": json.dumps({"env_id": "x\n" * 999})}, "x x"),
+    "no task": ({"metadata": "{}"}, "env_id"),
+    "objects": ({"actions": np.array([Payload(ROOT)] * SIZE, object)}, "allow_pickle"),
+    **{f"no {name}": ({name: None}, name) for name in GOOD if name != "rewards"},
+}
 
 
-@pytest.mark.parametrize("name", bad_demonstrations())
-def test_bad_demonstrations(name, tmp_path, refused):
-    changes, word = bad_demonstrations()[name]
-    arrays = {**np.load(demos("Toy-v0")), **changes}
-    path = tmp_path / "demos.npz"
+@pytest.mark.parametrize("changes, word", BAD_DEMONSTRATIONS.values(), ids=BAD_DEMONSTRATIONS)
+def test_bad_demonstrations(changes, word, tmp_path, refused):
+    arrays, path = {**GOOD, **changes}, tmp_path / "demos.npz"
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     refused(BC, BC.argv("--out", tmp_path / "new", "--demos", path), path, word)
     assert not (ROOT / "canary").exists()
