@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,15 @@ class Case:
         assert self.main("--resume", folder, *budget, *flags) == 0
         return weights(folder)
 
-    def fork(self, *argv):
-        """Start it in a fork of this process, where everything is imported already."""
+    def fork(self, *argv, until=ROOT):
+        """Start it in a fork of this process, where everything is imported already, and wait until
+        a path exists."""
         context = multiprocessing.get_context("fork")
         process = context.Process(target=lambda: sys.exit(self.main(*argv)))
         process.start()
+        while not until.exists():
+            assert process.is_alive()
+            time.sleep(0.01)
         return process
 
     def start(self, *argv, **settings):

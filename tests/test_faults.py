@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -71,10 +70,8 @@ def test_a_folder_that_cannot_be_made(case, tmp_path, capsys):
 def test_the_run_folder_disappears(tmp_path, capfd):
     """Nothing recreates it: a run without its settings could not be resumed."""
     folder = tmp_path / "run"
-    process = BC.fork(*BC.argv("--out", folder, iterations=10**6))
-    while not (folder / "policy.pt").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
+    argv = BC.argv("--out", folder, iterations=10**6)
+    process = BC.fork(*argv, until=folder / "policy.pt")
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
     process.join(60)
@@ -191,22 +188,21 @@ def test_a_link_to_a_script_finds_what_is_shipped(tmp_path):
     assert done.returncode == 2 and "CartPole-v1.npz" in done.stderr and "30" in done.stderr
 
 
-def degenerate():
-    arrays = dict(np.load(demos("Toy-v0")))
-    every = np.ones(len(arrays["actions"]), bool)
-    return {
-        "one pair": {name: x[:1] for name, x in arrays.items() if name != "metadata"},
-        "constant observations": {"observations": 0 * arrays["observations"]},
-        "an action that is never taken": {"actions": np.ones_like(arrays["actions"])},
-        "episodes of one step": {"episode_starts": every, "terminated": every},
-        "huge observations": {"observations": arrays["observations"] * np.float32(1e37)},
-    }
+GOOD = dict(np.load(demos("Toy-v0")))
+EVERY = np.ones(len(GOOD["actions"]), bool)
+DEGENERATE = {
+    "one pair": {name: array[:1] for name, array in GOOD.items() if name != "metadata"},
+    "constant observations": {"observations": 0 * GOOD["observations"]},
+    "an action that is never taken": {"actions": np.ones_like(GOOD["actions"])},
+    "episodes of one step": {"episode_starts": EVERY, "terminated": EVERY},
+    "huge observations": {"observations": GOOD["observations"] * np.float32(1e37)},
+}
 
 
-@pytest.mark.parametrize("name", degenerate())
+@pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE], ids=str)
 def test_degenerate_demonstrations(case, name, tmp_path):
-    np.savez(tmp_path / "demos.npz", **{**np.load(demos("Toy-v0")), **degenerate()[name]})
+    np.savez(tmp_path / "demos.npz", **{**GOOD, **DEGENERATE[name]})
     task = ["--demos", tmp_path / "demos.npz", "--env-id", "Toy-v0"]
     case.run(tmp_path / "run", *task, iterations=2)
     summary = read_json(tmp_path / "run" / "summary.json")

@@ -23,16 +23,12 @@ def test_stopped_at_any_moment_and_resumed(case, how, tmp_path, capfd):
     folder = tmp_path / "a run's folder"
     assert case.module  # imported before it forks
     flags = [] if how == signal.SIGKILL else ["--eval-every", 10**9]  # saved for the signal alone
-    process = case.fork(*case.argv("--out", folder, *flags, iterations=10**6))
-    try:
-        while not (folder / ("checkpoint.pt" if flags else "policy.pt")).exists():
-            assert process.is_alive()
-            time.sleep(0.01)
-        time.sleep(1.5 * bool(flags) + random.uniform(0.0, 0.3))
-        os.kill(process.pid, how)
-        process.join(60)
-    finally:
-        process.kill()
+    argv = case.argv("--out", folder, *flags, iterations=10**6)
+    process = case.fork(*argv, until=folder / ("checkpoint.pt" if flags else "policy.pt"))
+    time.sleep(1.5 * bool(flags) + random.uniform(0.0, 0.3))
+    os.kill(process.pid, how)
+    process.join(60)
+    process.kill()
     stopped, steps = shutil.copytree(folder, tmp_path / "stopped"), checkpoint(folder)["steps"]
     errors = capfd.readouterr().err
     if how == signal.SIGKILL:
