@@ -1,6 +1,4 @@
-"""Fixtures: `case`, every row of the table in scripts.py; `finished`, the folder of its run."""
-
-import functools
+"""Fixtures: `case`, every row of the table in scripts.py; `refused`, for what is wrong."""
 
 import pytest
 import torch
@@ -29,24 +27,6 @@ def seeded():
 @pytest.fixture(scope="session", params=CASES, ids=str)
 def case(request):
     return request.param
-
-
-@pytest.fixture(scope="session")
-def finish(tmp_path_factory):
-    """Gives the folder of a case's uninterrupted run."""
-
-    @functools.cache
-    def folder(case):
-        path = tmp_path_factory.mktemp("finished") / "run"
-        case.run(path)
-        return path
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def finished(case, finish):
-    return finish(case)
 
 
 @pytest.fixture

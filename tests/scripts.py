@@ -1,5 +1,6 @@
 """The scripts, each with flags for a run that is short but still goes through everything."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -22,7 +23,8 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experts")]
 PYBULLET = importlib.util.find_spec("pybullet") is not None  # no wheels from Python 3.12 on
-FILES = Path(tempfile.mkdtemp())  # what the toys' experts did
+TEMPORARY = tempfile.TemporaryDirectory()  # what the toys' experts did, and finished runs
+FILES = Path(TEMPORARY.name)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Case:
         budget = ["--total-steps", iterations * self.every]
         assert self.main("--resume", folder, *budget, *flags) == 0
         return weights(folder)
+
+    @functools.cached_property
+    def finished(self):
+        """The folder of its uninterrupted run."""
+        folder = Path(tempfile.mkdtemp(dir=FILES)) / "run"
+        self.run(folder)
+        return folder
 
     def fork(self, *argv, until=ROOT):
         """Start it in a fork of this process, where everything is imported already, and wait until

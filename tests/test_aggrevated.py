@@ -149,10 +149,10 @@ def test_actions_that_are_not_finite_never_reach_box2d():
         new_policy().to_env(torch.tensor([0, np.nan]))
 
 
-def test_a_run_counts_alpha_down_and_keeps_every_transition(finish):
+def test_a_run_counts_alpha_down_and_keeps_every_transition():
     """The first of them, the expert's, standardise what the policy and the critics see."""
-    summary = read_json(finish(AGGREVATED) / "summary.json")
-    parts, kept = checkpoint(finish(AGGREVATED))["parts"], weights(finish(AGGREVATED))
+    summary = read_json(AGGREVATED.finished / "summary.json")
+    parts, kept = checkpoint(AGGREVATED.finished)["parts"], weights(AGGREVATED.finished)
     assert [point["charts/alpha"] for point in summary["curve"]] == [1, 0.8, 0.6]
     assert len(parts["transitions"]["rewards"]) == summary["env_steps"]
     assert kept["deviation"].min() >= script.LEAST_DEVIATION and (kept["mean"] != 0).any()
@@ -165,8 +165,8 @@ def test_validation_and_final_evaluation_never_share_a_seed():
         script.parse_args(["--eval-episodes", "501"])
 
 
-def test_the_difference_to_the_expert_is_paired_by_seeds(finish):
-    summary = read_json(finish(AGGREVATED) / "summary.json")
+def test_the_difference_to_the_expert_is_paired_by_seeds():
+    summary = read_json(AGGREVATED.finished / "summary.json")
     gains = np.array(summary["paired_differences"])
     exact = summary["learner"]["return_mean"] - summary["expert"]["return_mean"]
     assert len(gains) == 10 and gains.mean() == pytest.approx(exact)

@@ -29,14 +29,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=str)
-def test_damaged_files(case, damage, finish, tmp_path, refused):
+def test_damaged_files(case, damage, tmp_path, refused):
     """What a run learns from, a checkpoint, a policy."""
     source = expert(case.env_id) if case.queries else demos(case.env_id)
     path = shutil.copy(source, tmp_path / source.name)
     damage(path)
     flag = "--expert" if case.queries else "--demos"
     refused(case, case.argv("--out", tmp_path / "new", flag, path), path)
-    folder = shutil.copytree(finish(case), tmp_path / "run")
+    folder = shutil.copytree(case.finished, tmp_path / "run")
     refused(case, ["--evaluate", folder / "checkpoint.pt"], "checkpoint.pt", "another kind")
     refused(case, ["--evaluate", folder / "policy.pt", "--env-id", "Acrobot-v1"], "not Acrobot-v1")
     damage(folder / "checkpoint.pt")
@@ -97,14 +97,14 @@ def test_actions_of_a_box_that_were_cut_to_integers(tmp_path, refused):
     refused(PPO, REINFORCE.argv("--out", tmp_path / "new", "--demos", path), path, "integers")
 
 
-def test_demonstrations_of_other_dtypes_and_another_version_are_used(finish, tmp_path, capsys):
+def test_demonstrations_of_other_dtypes_and_another_version_are_used(tmp_path, capsys):
     """And the other version is mentioned."""
     arrays = {**np.load(demos("Toy-v0")), "metadata": json.dumps({"env_id": "Toy-v3"})}
     arrays["observations"] = np.asfortranarray(arrays["observations"].astype(">f8"))
     np.savez(tmp_path / "demos.npz", **{**arrays, "actions": arrays["actions"].astype(np.uint8)})
     ours = BC.run(tmp_path / "run", "--demos", tmp_path / "demos.npz")
     lines = capsys.readouterr().out.splitlines()
-    assert same(ours, weights(finish(BC)))
+    assert same(ours, weights(BC.finished))
     assert any("Toy-v3" in line and "Toy-v0" in line for line in lines)
 
 
@@ -123,8 +123,8 @@ def test_no_demonstrations_are_shipped(case, tmp_path, refused):
         *[("env_id", "this:Cart-v9"), ("env_id", 5), ("env_id", None)],
     ],
 )
-def test_bad_policies(case, name, value, finish, tmp_path, refused):
-    saved = torch.load(finish(case) / "policy.pt", weights_only=True)
+def test_bad_policies(case, name, value, tmp_path, refused):
+    saved = torch.load(case.finished / "policy.pt", weights_only=True)
     weights = saved["weights"]
     first = next(iter(weights))
     saved[name] = Payload(tmp_path) if value == "objects" else value
@@ -138,9 +138,9 @@ def test_bad_policies(case, name, value, finish, tmp_path, refused):
     assert "this" not in sys.modules
 
 
-def test_files_of_other_scripts(finish, tmp_path, refused):
+def test_files_of_other_scripts(tmp_path, refused):
     for case, other in zip(SCRIPTS, SCRIPTS[1:] + SCRIPTS[:1]):
-        folder = finish(other)
+        folder = other.finished
         refused(case, ["--resume", folder], folder, other.script)
         refused(case, ["--evaluate", folder / "policy.pt"], folder, other.script)
 

@@ -97,7 +97,7 @@ Tee = type("Tee", (), {"write": lambda self, text: None})  # a stream that can d
 
 
 @pytest.mark.parametrize("stream", [None, io.StringIO, Tee, "closed"])
-def test_other_streams(stream, tmp_path, finish, monkeypatch):
+def test_other_streams(stream, tmp_path, monkeypatch):
     """A process without a console; a notebook's; a program's own; one that is closed."""
     made = stream() if callable(stream) else stream
     if stream == "closed":
@@ -108,7 +108,7 @@ def test_other_streams(stream, tmp_path, finish, monkeypatch):
     monkeypatch.setattr(sys, "stderr", made)
     argv = BC.argv("--out", tmp_path / "run")
     argv.remove("--no-progress")
-    assert BC.main(*argv) == 0 and same(weights(tmp_path / "run"), weights(finish(BC)))
+    assert BC.main(*argv) == 0 and same(weights(tmp_path / "run"), weights(BC.finished))
 
 
 RUN = BC.argv("--env-id", "toys:Toy-v0", "--out", "run")
@@ -152,13 +152,13 @@ def test_a_task_with_a_process_of_its_own(case, tmp_path):
     assert ended == 0 and read_json(tmp_path / "run" / "summary.json")["verdict"]
 
 
-def test_numpys_scalars_and_paths(finish, tmp_path):
+def test_numpys_scalars_and_paths(tmp_path):
     args = BC.module.parse_args(BC.argv())
     args.out, args.demos, args.hidden = tmp_path / "run", Path(args.demos), np.int64(args.hidden)
     args.learning_rate, args.total_steps = np.float64(args.learning_rate), np.int32(300)
     BC.module.train(args)
-    assert same(weights(tmp_path / "run"), weights(finish(BC)))
-    assert same(BC.resume(tmp_path / "run"), weights(finish(BC)))
+    assert same(weights(tmp_path / "run"), weights(BC.finished))
+    assert same(BC.resume(tmp_path / "run"), weights(BC.finished))
 
 
 @pytest.mark.parametrize("value", [Decimal(1), np.zeros(2), {1, 2}, float("nan")])

@@ -93,12 +93,12 @@ def places(content, path=()):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of networks without a neuron
 @pytest.mark.parametrize("kind", FILES)
-def test_any_change_to_what_torch_wrote(kind, example, finish, tmp_path, capsys, pytestconfig):
+def test_any_change_to_what_torch_wrote(kind, example, tmp_path, capsys, pytestconfig):
     """A value is replaced or removed somewhere in it. A checkpoint that loads takes time."""
     if kind == "checkpoint" and not pytestconfig.getoption("--long"):
         pytest.skip("needs --long")
     case = FILES[kind]
-    folder = shutil.copytree(finish(case), tmp_path / "run")
+    folder = shutil.copytree(case.finished, tmp_path / "run")
     path = folder / f"{kind}.pt"
     if kind == "expert":
         shutil.copy(expert(case.env_id), path)

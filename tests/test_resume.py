@@ -69,31 +69,31 @@ def test_the_command_that_is_printed_can_be_pasted(tmp_path):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_with_a_higher_budget_it_goes_on_and_with_a_lower_one_it_ends(case, finish, tmp_path):
+def test_with_a_higher_budget_it_goes_on_and_with_a_lower_one_it_ends(case, tmp_path):
     """What was changed on the way is kept, the curve and the clock go on."""
-    folder, finished = tmp_path / "run", finish(case)
+    folder = tmp_path / "run"
     case.run(folder, iterations=1)
     first = read_json(folder / "summary.json")
-    assert same(case.resume(folder, "--eval-episodes", 3), weights(finished))
+    assert same(case.resume(folder, "--eval-episodes", 3), weights(case.finished))
     assert case.main("--resume", folder) == 0
-    assert same(weights(folder), weights(finished))
-    ours, theirs = (read_json(path / "summary.json") for path in (folder, finished))
+    assert same(weights(folder), weights(case.finished))
+    ours, theirs = (read_json(path / "summary.json") for path in (folder, case.finished))
     assert ours["learner"]["episodes"] == 15 and ours["args"]["total_steps"] == 3 * case.every
     assert ours["curve"][:1] == first["curve"] and len(ours["curve"]) == len(theirs["curve"])
     assert ours["curve"][1]["wall_seconds"] > first["wall_seconds"]
     assert ours["steps"] == theirs["steps"] and ours.get("demos") == theirs.get("demos")
     (folder / "summary.json").unlink()
-    assert same(case.resume(folder, "--total-steps", 1), weights(finished))
+    assert same(case.resume(folder, "--total-steps", 1), weights(case.finished))
     assert read_json(folder / "summary.json")["steps"] == 3 * case.every
 
 
 @pytest.mark.parametrize("case", [BC, AGGREVATED], ids=str)
-def test_on_a_machine_without_its_device(case, finish, tmp_path, refused):
-    folder = shutil.copytree(finish(case), tmp_path / "run")
+def test_on_a_machine_without_its_device(case, tmp_path, refused):
+    folder = shutil.copytree(case.finished, tmp_path / "run")
     whole = checkpoint(folder)
     torch.save({**whole, "args": {**whole["args"], "device": "cuda:9"}}, folder / "checkpoint.pt")
     refused(case, ["--resume", folder], "cuda:9", "--device cpu")
-    assert same(case.resume(folder, "--device", "cpu"), weights(finish(case)))
+    assert same(case.resume(folder, "--device", "cpu"), weights(case.finished))
 
 
 @pytest.mark.parametrize("case", [BC, PPO], ids=str)
@@ -126,8 +126,8 @@ def test_an_expert_may_move_but_not_change(tmp_path, refused):
 
 
 @pytest.mark.parametrize("flag", ["--hidden=5", "--seed=3", "--env-id=CartPole-v1"])
-def test_other_settings_are_refused(case, finished, flag, tmp_path, refused):
-    folder, name = shutil.copytree(finished, tmp_path / "run"), flag.strip("-").split("=")[0]
+def test_other_settings_are_refused(case, flag, tmp_path, refused):
+    folder, name = shutil.copytree(case.finished, tmp_path / "run"), flag.strip("-").split("=")[0]
     argv = ["--resume", folder, "--total-steps", 4 * case.every, flag]
     refused(case, argv, folder, name.replace("-", "_"))
 
@@ -151,8 +151,8 @@ def test_a_replay_that_goes_on_after_an_end(capsys):
     assert capsys.readouterr().out.startswith("1 episodes cannot be replayed")
 
 
-def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, refused):
-    folder = shutil.copytree(finished, tmp_path / "run")
+def test_a_checkpoint_without_one_of_its_parts(case, tmp_path, refused):
+    folder = shutil.copytree(case.finished, tmp_path / "run")
     whole = checkpoint(folder)
     for name in {*whole, *whole["parts"]} - {"versions", "setup_seconds"}:
         parts = {key: part for key, part in whole["parts"].items() if key != name}
@@ -162,12 +162,12 @@ def test_a_checkpoint_without_one_of_its_parts(case, finished, tmp_path, refused
 
 
 @pytest.mark.parametrize("case", [PPO, AGGREVATED], ids=str)
-def test_a_checkpoint_with_any_damage(case, finish, tmp_path, capsys, pytestconfig):
+def test_a_checkpoint_with_any_damage(case, tmp_path, capsys, pytestconfig):
     """It is refused, unless the damage is where it changes nothing."""
-    whole, rng = (finish(case) / "checkpoint.pt").read_bytes(), random.Random(0)
+    whole, rng = (case.finished / "checkpoint.pt").read_bytes(), random.Random(0)
     policy, statuses = case.run(tmp_path / "more", iterations=4), []
     for number in range(1_000 if pytestconfig.getoption("--long") else 40):
-        folder = shutil.copytree(finish(case), tmp_path / str(number))
+        folder = shutil.copytree(case.finished, tmp_path / str(number))
         damaged, at, size = bytearray(whole), rng.randrange(len(whole)), rng.choice([1, 64])
         damaged[at : at + size] = rng.randbytes(size)
         (folder / "checkpoint.pt").write_bytes(damaged)

@@ -39,16 +39,16 @@ def test_the_default_task(case, tmp_path, monkeypatch, capsys):
     assert not printed.err
 
 
-def test_what_a_run_writes(case, finished):
-    names = {path.name for path in finished.iterdir()}
+def test_what_a_run_writes(case):
+    names = {path.name for path in case.finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert names == FOLDER | events and len(events) == 1
-    args = read_json(finished / "args.json")
+    args = read_json(case.finished / "args.json")
     assert args["script"] == case.script and args["total_steps"] == 3 * case.every
-    policy = torch.load(finished / "policy.pt", weights_only=True)
+    policy = torch.load(case.finished / "policy.pt", weights_only=True)
     assert (policy["script"], policy["env_id"]) == (case.script, case.env_id)
-    assert (finished / "learning_curve.png").read_bytes()[1:4] == b"PNG"
-    summary = read_json(finished / "summary.json")
+    assert (case.finished / "learning_curve.png").read_bytes()[1:4] == b"PNG"
+    summary = read_json(case.finished / "summary.json")
     assert summary.keys() >= SUMMARY and summary["script"] == case.script and summary["verdict"]
     for name, many in (("expert", 10 if case.queries else 24), ("random", 10), ("learner", 10)):
         numbers = NUMBERS - {"occupancy_distance"} if case.queries else NUMBERS
@@ -61,28 +61,29 @@ def test_what_a_run_writes(case, finished):
     assert steps == [case.every * i for i in (1, 2, 3)] and summary["steps"] == steps[-1]
 
 
-def test_tensorboard(case, finished):
+def test_tensorboard(case):
     """The tags are those of the script's page. Success, critics: of some runs only."""
-    events = EventAccumulator(str(finished)).Reload()
+    events = EventAccumulator(str(case.finished)).Reload()
     page = (ROOT / "docs" / f"{case.script}.md").read_text()
     assert set(events.Tags()["scalars"]) ^ set(re.findall(TAG, page)) <= SOME
     logged = events.Scalars("eval/return_mean")
-    curve = read_json(finished / "summary.json")["curve"]
+    curve = read_json(case.finished / "summary.json")["curve"]
     assert [event.step for event in logged] == [point["steps"] for point in curve]
     assert [event.value for event in logged] == pytest.approx([p["return_mean"] for p in curve])
 
 
-def test_evaluate_repeats_the_final_evaluation(case, finished, tmp_path, capsys):
-    argv = ["--evaluate", finished / "policy.pt", "--eval-episodes", 2]
+def test_evaluate_repeats_the_final_evaluation(case, tmp_path, capsys):
+    argv = ["--evaluate", case.finished / "policy.pt", "--eval-episodes", 2]
     argv += ["--out", tmp_path / "a" / "b"]
-    before = sorted(finished.iterdir())
+    before = sorted(case.finished.iterdir())
+    capsys.readouterr()
     assert case.main(*argv) == 0
     greedy, sampled = capsys.readouterr().out.splitlines()
     assert greedy.startswith("greedy") and sampled.startswith("sampled")
     (path,) = (tmp_path / "a" / "b").iterdir()
-    learner = read_json(finished / "summary.json")["learner"]
+    learner = read_json(case.finished / "summary.json")["learner"]
     assert read_json(path)["greedy"].items() <= learner.items()
-    assert sorted(finished.iterdir()) == before
+    assert sorted(case.finished.iterdir()) == before
     assert case.main(*argv, "--out", "/proc/none") == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("greedy") and len(printed.err.splitlines()) == 1
@@ -108,16 +109,16 @@ def test_another_task_by_its_id_alone(case, env_id, tmp_path):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_another_seed_gives_another_policy(case, finish, tmp_path):
-    assert not same(case.run(tmp_path / "run", "--seed", 2), weights(finish(case)))
+def test_another_seed_gives_another_policy(case, tmp_path):
+    assert not same(case.run(tmp_path / "run", "--seed", 2), weights(case.finished))
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_evaluations_change_nothing(case, finish, tmp_path):
+def test_evaluations_change_nothing(case, tmp_path):
     """Nor do they take random numbers from training; AggreVaTeD keeps the policy they prefer."""
     flags = ["--eval-episodes", 3]
     flags += [] if case.queries else ["--eval-every", 10**6]
-    assert same(case.run(tmp_path / "run", *flags), weights(finish(case)))
+    assert same(case.run(tmp_path / "run", *flags), weights(case.finished))
 
 
 def test_videos(tmp_path):

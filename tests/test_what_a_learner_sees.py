@@ -46,8 +46,8 @@ def wrap(env_id, wrapper, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [BC, PPO, OFFLINE, REINFORCE, *RACECAR], ids=str)
-def test_rewards_and_info_change_nothing(case, finish, tmp_path, monkeypatch):
-    expected = weights(finish(case))
+def test_rewards_and_info_change_nothing(case, tmp_path, monkeypatch):
+    expected = weights(case.finished)
     wrap(case.env_id, Blind, monkeypatch)
     assert same(case.run(tmp_path / "run"), expected)
     learner = read_json(tmp_path / "run" / "summary.json")["learner"]
