@@ -180,12 +180,12 @@ def test_numbers(value, tmp_path, refused):
         refused(PPO, PPO.argv("--out", tmp_path / "new", f"--{flag}={value}"), f"--{flag}")
 
 
-@pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=str)
-@pytest.mark.parametrize("name", [*REFUSED, "other"])
+OTHERS = [(case, name) for case in (BC, PPO, OFFLINE, AGGREVATED) for name in REFUSED]
+OTHERS += [(OFFLINE, "ToyBox-v0"), (AGGREVATED, "Toy-v0")]
+
+
+@pytest.mark.parametrize("case, name", OTHERS, ids=str)
 def test_tasks_of_other_kinds(case, name, tmp_path, refused):
-    if name == "other":
-        name = {OFFLINE: "ToyBox-v0", AGGREVATED: "Toy-v0"}.get(case)
-        name = name or pytest.skip("it takes both")
     given = [] if case.queries else ["--demos", demos(name if "ToyBox" in name else "Toy-v0")]
     argv = case.argv("--out", tmp_path / "new", "--env-id", name, *given)
     # Not because the demonstrations or the expert are another task's.
