@@ -1,6 +1,5 @@
 """experts/train.py: tiny real trainings through its command line, and what it writes."""
 
-import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -11,9 +10,6 @@ import torch
 import train
 from scripts import Case
 from test_converters import check_same
-
-missing = importlib.util.find_spec("sbx") is None
-TQC = pytest.param("tqc", marks=pytest.mark.skipif(missing, reason="sbx-rl is not installed"))
 
 
 @pytest.fixture
@@ -31,6 +27,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 def build(algorithm, env_id):
     """A model that has not been trained, and a few states as it sees them."""
+    if algorithm == "tqc":
+        pytest.importorskip("sbx")
     words = (env_id, "--algorithm", algorithm, "--total-steps", "128", "--demos", "x.npz")
     model = train.build(train.parse_args([*words, "--out", "x"]), 0)
     states = np.random.default_rng(0).normal(size=(50, *model.observation_space.shape))
@@ -71,11 +69,12 @@ def test_an_existing_file_is_refused_before_training(tmp_path, monkeypatch, refu
     refused(Case("train"), ["CartPole-v1", "--demos", "a.npz", "--out", "run"], "a.npz")
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "sac", TQC])
+@pytest.mark.parametrize("algorithm", ["ppo", "sac", "tqc"])
 def test_a_stopped_run_goes_on(run, algorithm):
+    model, _ = build(algorithm, "ToyBox-v0")
     few = ("--algorithm", algorithm, "--total-steps", "128", "--eval-every", "64", "--out", "run")
     assert run("ToyBox-v0", *few, "--demos", "a.npz") == (0, "")
-    (state,), (model, _) = train.read("run/checkpoint.pt", "state"), build(algorithm, "ToyBox-v0")
+    (state,) = train.read("run/checkpoint.pt", "state")
     train.load_state(model, algorithm, state)
     again = train.state_of(model, algorithm)
     assert again.pop("jax", None) == state.pop("jax", None)
@@ -99,23 +98,21 @@ def test_a_file_that_was_made_meanwhile_is_kept(run, monkeypatch):
     assert status == 2 and "d.npz: exists by now" in line and Path("d.npz").read_text() == "mine"
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "ToyBox-v0"])  # another box
-@pytest.mark.parametrize("algorithm", ["sac", "td3", TQC])
-def test_the_file_has_the_greedy_actions_of_the_model(algorithm, env_id, tmp_path):
+QUERIED = ["sac", "td3", "tqc"]
+GREEDY = [("ppo", "CartPole-v1"), ("dqn", "CartPole-v1")]
+GREEDY += [(name, box) for name in QUERIED for box in ("Pendulum-v1", "ToyBox-v0")]
+
+
+@pytest.mark.parametrize("algorithm, env_id", GREEDY)
+def test_greedy_actions_are_those_of_the_model(algorithm, env_id, tmp_path):
     model, states = build(algorithm, env_id)
     policy = train.Policy(algorithm, train.layers_of(model, algorithm), model.action_space)
-    policy.save(tmp_path / "a.pt", env_id, {})
-    check_same(tmp_path / "a.pt", model)
     expected = model.predict(states, deterministic=True)[0]
     assert np.abs([policy.act(state) for state in states] - expected).max() < 1e-5
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
-def test_discrete_actions_are_those_of_the_model(algorithm):
-    model, states = build(algorithm, "CartPole-v1")
-    policy = train.Policy(algorithm, train.layers_of(model, algorithm), model.action_space)
-    expected = model.predict(states, deterministic=True)[0].tolist()
-    assert [policy.act(state) for state in states] == expected and len(set(expected)) == 2
+    assert len(np.unique(expected)) > 1
+    if algorithm in QUERIED:
+        policy.save(tmp_path / "a.pt", env_id, {})
+        check_same(tmp_path / "a.pt", model)
 
 
 def test_an_episode_without_an_end_is_cut():
