@@ -420,15 +420,9 @@ def test_a_finish_and_a_wall_are_absorbed_apart(case):
     assert torch.equal(longer[:10], pairs) and len(longer) == 10 + 2 * 20
     signs = longer[10:, 12].sign().tolist()
     assert (longer[10:, :12] == 0).all() and sorted(signs) == [-1] * 20 + [1] * 20
-    car = pytest.importorskip("racecar_env")
-    controller, env = car.WaypointController(), car.RaceCarEnv()
-    for act, success in ((controller, True), (lambda observation: np.array([0, 1.0]), False)):
-        (observation, _), over = env.reset(seed=3), False
-        while not over:
-            assert not script.at_finish(torch.as_tensor(observation))
-            observation, _, over, _, info = env.step(act(observation))
-        assert info["is_success"] == success == script.at_finish(torch.as_tensor(observation))
-    env.close()
+    seen = torch.rand(500, 9) * 2 + torch.tensor([13.5, 6.5, *[0] * 7])
+    near = [math.dist(place, (14.5, 7.5)) <= 1 for place in seen[:, :2].tolist()]  # success there
+    assert script.at_finish(seen).tolist() == near and 0 < sum(near) < 500
 
 
 @pytest.mark.parametrize("case", RACECAR, ids=str)
