@@ -150,7 +150,7 @@ BEST = [  # by the loss on other pairs; by the validated return, which falls wit
 ]
 
 
-@pytest.mark.parametrize("case, measure, best_of, flags", BEST)
+@pytest.mark.parametrize("case, measure, best_of, flags", BEST, ids=["cloning", "aggrevated"])
 def test_the_best_policy_is_kept(case, measure, best_of, flags, tmp_path):
     """And evaluated: a run that ends with the best ends with the same policy and result."""
     kept = case.run(tmp_path / "whole", *flags.split(), iterations=8)
