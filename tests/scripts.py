@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,10 @@ class Case:
     def queries(self):
         """Does it query its expert, in place of demonstrations?"""
         return "aggrevated" in self.script
+
+    def on(self, env_id):
+        """The same on another task."""
+        return replace(self, env_id=env_id)
 
     def argv(self, *flags, iterations=3):
         """A command line; a later flag wins."""

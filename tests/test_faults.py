@@ -13,13 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import AGGREVATED, BC, OFFLINE, PPO, ROOT, SCRIPTS, demos, environment, expert, python
+from scripts import AGGREVATED, BC, OFFLINE, PPO, ROOT, SCRIPTS, demos, environment, python
 from written import checkpoint, read_json, same, weights
 
-BROKEN = {
-    PPO: ["--env-id", "ToyBox-v0", "--demos", demos("ToyBox-v0"), "--policy-lr", 1e9],
-    AGGREVATED: ["--env-id", "PayingNaN-v0", "--expert", expert("PayingNaN-v0")],
-}
+BROKEN = {PPO.on("ToyBox-v0"): ["--policy-lr", 1e9], AGGREVATED.on("PayingNaN-v0"): []}
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=str)
@@ -33,8 +30,8 @@ def test_a_loss_that_is_not_finite(case, tmp_path, capsys):
 
 
 def test_an_observation_that_is_not_finite(tmp_path, capsys):
-    flags = ["--env-id", "Growing-v0", "--demos", demos("Growing-v0")]
-    assert PPO.main(*PPO.argv("--out", tmp_path / "run", *flags, iterations=200)) == 1
+    case = PPO.on("Growing-v0")
+    assert case.main(*case.argv("--out", tmp_path / "run", iterations=200)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "observation" in line and checkpoint(tmp_path / "run")["steps"] == 0
 
@@ -141,11 +138,10 @@ def test_two_runs_at_once_in_threads(case, tmp_path, monkeypatch):
     assert status == [0, 0] and len(list(Path("runs").iterdir())) == 2
 
 
-@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+@pytest.mark.parametrize("case", [BC.on("Worker-v0"), PPO.on("Worker-v0")], ids=str)
 def test_a_task_with_a_process_of_its_own(case, tmp_path):
     """It ends when the task says so, and none is left."""
-    task = ["--env-id", "Worker-v0", "--demos", demos("Worker-v0")]
-    process = case.fork(*case.argv("--out", tmp_path / "run", *task, iterations=1))
+    process = case.fork(*case.argv("--out", tmp_path / "run", iterations=1))
     process.join(60)
     ended = process.exitcode
     process.kill()

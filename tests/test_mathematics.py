@@ -1,7 +1,6 @@
 """The mathematics of the scripts against definitions written out another way."""
 
 import copy
-import dataclasses
 import math
 from unittest import mock
 
@@ -88,7 +87,7 @@ def test_a_policy_that_has_moved_too_far_waits_for_the_next_rollout(tmp_path):
     assert same(policies[5, 0], policies[1, 9]) and not same(policies[5, 9], policies[1, 9])
 
 
-AVERAGED = [(BC, 1, 0), (PPO, 48, 1), (dataclasses.replace(PPO, env_id="ToyBox-v0"), 48, 8)]
+AVERAGED = [(BC, 1, 0), (PPO, 48, 1), (PPO.on("ToyBox-v0"), 48, 8)]
 
 
 @pytest.mark.parametrize("case, update, power", AVERAGED, ids=str)

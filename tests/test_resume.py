@@ -133,8 +133,7 @@ def test_other_settings_are_refused(case, flag, tmp_path, refused):
 
 
 def test_a_task_that_cannot_be_replayed_begins_new_episodes(tmp_path, capsys):
-    flags = ["--env-id", "Remembering-v0", "--demos", demos("Remembering-v0")]
-    PPO.run(tmp_path / "run", *flags, iterations=2)
+    PPO.on("Remembering-v0").run(tmp_path / "run", iterations=2)
     capsys.readouterr()
     PPO.resume(tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if "replayed" in line]

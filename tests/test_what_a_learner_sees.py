@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import WrapperSpec
-from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos, expert
+from scripts import AGGREVATED, BC, OFFLINE, PPO, RACECAR, REINFORCE, demos
 from written import checkpoint, read_json, same, weights
 
 
@@ -94,16 +94,14 @@ CRITIC += " --eval-every 1000000 --total-steps 4800"
 @pytest.mark.parametrize("env_id, value", [("Truncating-v0", 10.0), ("Terminating-v0", 1.9)])
 def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_ends(env_id, value, tmp_path):
     """The critic's value, if every step pays 1: 1 / (1 - gamma), or the mean over three steps."""
-    flags = ["--control", "constant-reward", "--env-id", env_id, "--demos", demos(env_id)]
-    PPO.run(tmp_path / "run", *CRITIC.split(), *flags)
+    PPO.on(env_id).run(tmp_path / "run", *CRITIC.split(), "--control", "constant-reward")
     assert critic_value(tmp_path / "run") == pytest.approx(value, abs=0.15)
 
 
 def test_after_an_end_the_absorbing_state_pays_for_ever(tmp_path):
     """Here a discriminator that does not learn judges it."""
     flags = ["--control", "frozen-discriminator", "--policy-lr", 0, "--absorbing", "yes"]
-    task = ["--env-id", "Terminating-v0", "--demos", demos("Terminating-v0")]
-    PPO.run(tmp_path / "run", *CRITIC.split(), *flags, *task)
+    PPO.on("Terminating-v0").run(tmp_path / "run", *CRITIC.split(), *flags)
     gail, parts = PPO.module, checkpoint(tmp_path / "run")["parts"]
     policy, _ = gail.load_policy(tmp_path / "run" / "policy.pt")
     discriminator = gail.Discriminator(policy, 8)
@@ -185,23 +183,21 @@ def test_an_episode_of_an_evaluation_has_no_past(case, tmp_path):
     all of its environments write to the same array."""
     found = []
     for name in (case.env_id, case.env_id.replace("Toy", "Remembering")):
-        given = ["--expert", expert(name)] if case.queries else ["--demos", demos(name)]
-        case.run(tmp_path / name, "--env-id", name, *given, "--eval-episodes", 10, iterations=1)
+        case.on(name).run(tmp_path / name, "--eval-episodes", 10, iterations=1)
         summary = read_json(tmp_path / name / "summary.json")
         found.append([summary["random"], summary["learner"]])
     assert found[0] == found[1]
 
 
 def test_an_episode_without_an_end_is_cut(tmp_path):
-    BC.run(tmp_path / "run", "--env-id", "Endless-v0", "--demos", demos("Endless-v0"), iterations=1)
+    BC.on("Endless-v0").run(tmp_path / "run", iterations=1)
     assert read_json(tmp_path / "run" / "summary.json")["learner"]["length_mean"] == 10_000
 
 
-@pytest.mark.parametrize("case", [BC, PPO], ids=str)
+@pytest.mark.parametrize("case", [BC.on("Careless-v0"), PPO.on("Careless-v0")], ids=str)
 def test_a_task_that_draws_from_numpys_own_generator(case, tmp_path):
     """The seed fixes that, too."""
-    task = ["--env-id", "Careless-v0", "--demos", demos("Careless-v0")]
-    first, second = (case.run(tmp_path / name, *task) for name in "ab")
+    first, second = (case.run(tmp_path / name) for name in "ab")
     a, b = (read_json(tmp_path / name / "summary.json")["learner"] for name in "ab")
     assert same(first, second) and a == b
 
@@ -209,6 +205,6 @@ def test_a_task_that_draws_from_numpys_own_generator(case, tmp_path):
 @pytest.mark.parametrize("env_id", ["Rounding-v0", "HalfBox-v0", "Last-v0", "Late-v0"])
 def test_actions_are_in_the_task_s_space(env_id, tmp_path):
     """A box whose bounds no float32 has, or of narrower floats; Discrete up to its dtype's end."""
-    PPO.run(tmp_path / "run", "--env-id", env_id, "--demos", demos(env_id))
+    PPO.on(env_id).run(tmp_path / "run")
     success = read_json(tmp_path / "run" / "summary.json")["learner"].get("success_rate")
     assert success == (1 if env_id == "Late-v0" else None)
