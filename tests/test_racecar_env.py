@@ -138,7 +138,7 @@ def test_the_world_is_the_specified_one():
 
 
 def test_the_first_touch_of_a_wall_or_one_metre_from_the_finish_ends_an_episode():
-    start, env = (0.5, 0.5, np.pi / 2), RaceCarEnv()
+    start, env = (0.5, 0.5, np.pi / 2), RaceCarEnv(start_noise=0)
     to_a_wall = [(start, throttle) for throttle in (0.1, 0.4, 1)]
     for pose, throttle in [*to_a_wall, ((13.2, 7.5, 0), 0.4), ((14.3, 6.3, np.pi / 2), 0.4)]:
         env.reset(seed=0)
