@@ -587,12 +587,12 @@ class Run:
         weights = [x.numpy().tobytes() for x in self.expert.state_dict().values()]
         digest = sha256(b"".join([*weights, str(self.expert.settings).encode()])).hexdigest()
         self.demos = {"sha256": digest}  # where the other scripts have demonstrations
+        torch.manual_seed(args.seed)
         seed_others(args.seed)
         self.walks = play(self.expert.act, args, final=True)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
-        torch.manual_seed(args.seed)
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""

@@ -57,11 +57,15 @@ def read_metadata(path, env_id):
         shape, expected = space.get("shape"), " or ".join(kinds)
         flat = space["type"] in kinds and len(shape or [0]) == 1
         check(flat, f"{name} {space['type']}, shape {shape}, expected a flat {expected}")
-    found = json.loads(about.get("env_spec") or "{}").get("id", "")
+    spec = json.loads(about.get("env_spec") or "{}")
+    found = spec.get("id", "")
     check(env_id or found, f"{path} names no task, expected --env-id")
     # An id with a colon would make Gymnasium import a module: only the user may ask for that.
     plain = env_id or re.fullmatch(r"([\w.-]+/)?[\w.-]+", found)
     check(plain, f"the task's id is {found!r}, expected a plain one, or --env-id")
+    changes = [f"{x} {spec[x]}" for x in ("kwargs", "additional_wrappers") if spec.get(x)]
+    if changes:
+        say(f"{env_id or found} is taken as it is; the dataset's had {', '.join(changes)}"[:300])
     return about, env_id or found
 
 

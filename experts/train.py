@@ -183,9 +183,9 @@ class Policy:
             std = np.exp(np.clip(self.log_std[0] @ x + self.log_std[1], -20, 2))
             output = output + std * generator.standard_normal(output.shape)
         low, high = self.space.low, self.space.high
-        if self.algorithm == "ppo":  # a Gaussian in the action's own units
-            return np.clip(output, low, high).astype(np.float32)
-        return (low + (np.tanh(output) + 1) / 2 * (high - low)).astype(np.float32)
+        if self.algorithm != "ppo":  # PPO has a Gaussian in the action's own units
+            output = low + (np.tanh(output) + 1) / 2 * (high - low)
+        return np.clip(output, low, high).astype(np.float32)  # rounded, the sum may lie outside
 
     def save(self, path, env_id, source):
         """Write it as an expert to query; README.md beside this program has the format."""
@@ -428,13 +428,15 @@ def pick(args):
     """The first policy of a run whose mean return of 100 episodes lies between two numbers."""
     files = [path for path in args.out.glob("*.pt") if path.stem.isdigit()]
     for path in sorted(files, key=lambda path: int(path.stem)):
-        policy, env_id, source = load_policy(path)
+        policy, trained_on, source = load_policy(path)
+        env_id = args.env_id or trained_on  # a file names no module
+        check(env_id.split(":")[-1] == trained_on, f"{path}: for {trained_on}, not {env_id}")
         result = statistics(play(policy, env_id, CHECKED, SELECTION_SEEDS))
         say(f"{path}: {describe(result)}")
         if args.pick[0] <= result["return_mean"] <= args.pick[1]:
             if args.expert:
                 score = statistics(play(policy, env_id, CHECKED, SCORE_SEEDS))
-                policy.save(args.expert, env_id, {**source, "score": score})
+                policy.save(args.expert, trained_on, {**source, "score": score})
             return
     raise Failed(f"--pick: none of {len(files)} policies in {args.out} lies between these")
 

@@ -162,10 +162,11 @@ def dataset(change=None, about=None):
                 group[name] = value
 
 
-def test_minari(monkeypatch):
+def test_minari(monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", "toy/..")
     dataset()
     from_minari.main(TOY)
+    assert "kwargs {'path': 'canary'}" in capsys.readouterr().out  # what the task had is said
     demos, last = np.load("demos.npz"), h5py.File("toy/data/main_data.hdf5")["episode_1"]
     assert np.array_equal(demos["observations"][5:], last["observations"][:-1])
     assert demos["actions"].dtype == np.int64 and list(demos["actions"]) == [0, 1, 0, 1, 0, 0, 1, 0]

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -54,6 +55,23 @@ def test_float64_observations_are_recorded_as_the_policy_saw_them(run):
     demos, (policy, *_) = np.load("a.npz"), train.load_policy("a.pt")
     assert (demos["observations"].dtype, demos["actions"].dtype) == (np.float32, np.float32)
     assert np.array_equal([policy.act(o) for o in demos["observations"]], demos["actions"])
+
+
+def test_an_expert_at_the_edge_of_its_box_stays_inside():
+    """In float32, -0.1 + (0.2 + 0.1) is more than 0.2."""
+    space = gym.spaces.Box(np.float32([-0.1]), np.float32([0.2]))
+    policy = train.Policy("td3", [torch.zeros(1, 3), torch.tensor([20.0])], space)
+    assert space.contains(policy.act(np.zeros(3, np.float32)))
+
+
+def test_a_policy_is_picked_on_its_own_task(run):
+    few = ("--algorithm", "sac", "--total-steps", "24", "--out", "run", "--expert", "a.pt")
+    assert run("toys:ToyBox-v0", *few) == (0, "")
+    pick = ("--pick", "-1000", "1000", "--out", "run", "--expert", "b.pt")
+    assert run("toys:ToyBox-v0", *pick) == (0, "")
+    assert train.load_policy("b.pt")[1] == "ToyBox-v0"
+    status, line = run("Pendulum-v1", "--pick", "-1000", "1000", "--out", "run")
+    assert status == 2 and "for ToyBox-v0, not Pendulum-v1" in line
 
 
 def test_a_weak_expert_is_refused_and_nothing_is_written(run, tmp_path):

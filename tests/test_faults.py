@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -146,6 +147,26 @@ def test_a_task_with_a_process_of_its_own(case, tmp_path):
     ended = process.exitcode
     process.kill()
     assert ended == 0 and read_json(tmp_path / "run" / "summary.json")["verdict"]
+
+
+def test_a_run_that_is_stopped_leaves_no_process_of_its_task(tmp_path):
+    argv = PPO.on("Worker-v0").argv("--out", tmp_path / "run", iterations=10**6)
+    process = PPO.start(*argv, "--env-id", "toys:Worker-v0")
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)  # its streams are open for as long as any process has them
+    assert process.returncode == 143
+
+
+def test_each_result_has_the_settings_of_its_run(tmp_path):
+    args = BC.module.parse_args(BC.argv(iterations=1))
+    results = []
+    for args.seed in (1, 2):
+        args.out = str(tmp_path / str(args.seed))
+        results.append(BC.module.train(args))
+    assert [result["args"]["seed"] for result in results] == [1, 2]
 
 
 def test_numpys_scalars_and_paths(tmp_path):

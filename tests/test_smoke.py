@@ -78,7 +78,8 @@ def test_evaluate_repeats_the_final_evaluation(case, tmp_path, capsys):
     before = sorted(case.finished.iterdir())
     capsys.readouterr()
     assert case.main(*argv) == 0
-    greedy, sampled = capsys.readouterr().out.splitlines()
+    task, greedy, sampled = capsys.readouterr().out.splitlines()
+    assert task == f"task    {case.env_id}"
     assert greedy.startswith("greedy") and sampled.startswith("sampled")
     (path,) = (tmp_path / "a" / "b").iterdir()
     learner = read_json(case.finished / "summary.json")["learner"]
@@ -86,7 +87,7 @@ def test_evaluate_repeats_the_final_evaluation(case, tmp_path, capsys):
     assert sorted(case.finished.iterdir()) == before
     assert case.main(*argv, "--out", "/proc/none") == 1
     printed = capsys.readouterr()
-    assert printed.out.startswith("greedy") and len(printed.err.splitlines()) == 1
+    assert "\ngreedy" in printed.out and len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("env_id", TASKS)

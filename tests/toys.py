@@ -9,11 +9,13 @@ the next.
 """
 
 import multiprocessing
+import random
 import time
 from inspect import signature
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 KIND = {"dtype": np.uint16} if "dtype" in signature(Discrete).parameters else {}  # not in 1.1
@@ -45,8 +47,12 @@ class Toy(gym.Env):
     def step(self, action):
         assert action in self.action_space and not self.over, action
         push = float(action[0] + action[1] - 1 if self.box else int(action) - self.start - 1)
-        random = np.random if self.careless else self.np_random
-        self.x += 0.3 * push + random.normal(0, 0.05)
+        noise = self.np_random.normal(0, 0.05)
+        if self.careless:
+            noise = (
+                np.random.normal(0, 0.03) + random.gauss(0, 0.03) + 0.03 * torch.randn(()).item()
+            )
+        self.x += 0.3 * push + noise
         if self.box:
             action *= 0
         info = {"x": self.x, "episode": None, "is_success": self.success}
@@ -113,7 +119,8 @@ TOYS["Rounding-v0"] = {"box": True, "action_space": Box(-0.1, 0.1, (2,), np.floa
 TOYS["HalfBox-v0"] = {"box": True, "action_space": Box(-1, 1, (2,), np.float16)}
 TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
 TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
-TOYS["Careless-v0"] = {"careless": True}  # it draws from NumPy's own generator
+TOYS["CarelessBox-v0"] = {"box": True, "careless": True}
+TOYS["Careless-v0"] = {"careless": True}  # it draws from generators that are not its own
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
