@@ -22,9 +22,9 @@ has the results.
 Deviations from the paper, by their numbers in the code: (1) PPO, with a limit to the KL divergence,
 or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout; step
 sizes of policy and critic that fall; (4) an entropy bonus for Discrete actions alone, and not in
-the return; (5) an average of the policies is kept; (6) other reward forms; --absorbing: D rewards
-what follows a termination, too, and learns from ten rollouts; (7) cloning's loss is added to step
-4's: --bc-weight 0 is GAIL alone (REINFORCE's default).
+the return; (5) an average of the policies is kept; (6) other reward forms; with --absorbing a
+reward for what follows a termination, and a D that learns from ten rollouts; (7) cloning's loss is
+added to step 4's: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -71,9 +71,9 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# The harness, below, has say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
+# From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
 
-SCRIPT = "gail_cartpole"  # names files and folders; for the harness, like the next
+SCRIPT = "gail_cartpole"  # names files and folders; the harness reads it, and the next one
 SIDE_BY_SIDE = 50  # environments in an evaluation
 RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
 END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
@@ -105,8 +105,8 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "D's reward, not 0, for ever after a termination; auto: if a demonstration terminates"
-    flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=ends)
+    after = "pay D's reward, not 0, after a termination; auto: if a demonstration terminates"
+    flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=after)
     flag("--discriminator-updates", type=count, default=20, help="for each rollout")
     flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
@@ -114,7 +114,7 @@ def add_settings(parser, argv):
     # In this order: every step pays 1; D is never trained; the expert's actions are permuted.
     controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
-    # Defaults that depend on other flags, which are parsed for that; what is given replaces them.
+    # Defaults that depend on other flags (--num-pairs is the harness's). A flag given still wins.
     given, _ = parser.parse_known_args(argv)
     if given.num_pairs:
         # Few pairs are soon known by heart: less cloning. D's rewards are rough: sum fewer of them.
@@ -158,7 +158,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt has these beside the weights; so the box is not among these: persistent=False.
+        # policy.pt has these and the weights. Low and high are here, so persistent=False below.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -220,8 +220,8 @@ class Discriminator(nn.Module):
         """What follows if an episode terminates after these pairs: the same observations (not what
         the step led to) times END_SCALE, no action (zeros), flag 1. (..., size of a pair) -> same
 
-        D can then tell a crash from a landing, but not learn the expert's few ends by heart. If it
-        did, it would reward no other ends, and policies would avoid ending at all."""
+        At full size D would learn the expert's few ends by heart and reward no others, and policies
+        would avoid ending at all. Made small, they still tell a crash from a landing."""
         after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
         after[..., -1] = 1.0
         return after
@@ -230,9 +230,9 @@ class Discriminator(nn.Module):
         """Append what follows each termination: (n, size), (n,) -> (more, size).
 
         The absorbing state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
-        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at a
-        pair that ends an episode, else 0. --num-pairs keeps every end, but only a share of the
-        expert's pairs: `terminated` is then that share in place of 1, and D sees fewer copies."""
+        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or
+        at an end the share of all pairs that is there: 1, but less for the expert's pairs with
+        --num-pairs, which keeps every end. Then D sees fewer copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
@@ -333,7 +333,7 @@ class Environments:
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
 
-    def begin(self, i, seed=None, cut=0):  # 0: is not cut
+    def begin(self, i, seed=None, cut=0):  # cut 0: not at all; seeds < EVALUATION_SEEDS
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
@@ -350,7 +350,7 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay all; if one leads elsewhere, a new one begins: Box2D's resets do not forget."""
+        """Replay all; if one leads elsewhere, a new one begins: Box2D keeps state over resets."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # a task may refuse to go on after an end
@@ -420,7 +420,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
 
-    def policy_losses(rows):  # its own, for the log; and with entropy and cloning
+    def policy_losses(rows):  # PPO's or REINFORCE's alone, for the log; and the total
         new = policy(observations[rows])
         log_probs = new.log_prob(actions[rows])
         if args.policy_gradient == "ppo":
@@ -474,7 +474,7 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # All demonstrations, (pairs, ...) each; ends: 1 at a termination (less: --num-pairs), else 0.
+    # (pairs, ...) each; ends: 0, at a termination 1 or a share: see add_absorbing_pairs.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
@@ -484,7 +484,7 @@ def train(args):
     critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., n, in) -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)  # what has no gradient rests: the policy
+    optimizer = torch.optim.Adam(groups, fused=True)  # skips what has no gradient
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs, recent = Environments(args.env_id, args.num_envs), Recent()
 
@@ -517,7 +517,7 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:  # policy_pairs: those of the last rollouts, and absorbing ones
+        if absorbing:  # of the last rollouts (kept on the CPU), with absorbing ones
             newest = policy_pairs.cpu(), terminated.flatten().cpu()
             recent[:] = [*recent, newest][-RECENT:]
             whole = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
@@ -562,7 +562,7 @@ def train(args):
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when it is time
     envs.close()
-    # No curve if a run is resumed with a smaller --total-steps before its first evaluation.
+    # run.curve, of evaluations, is empty if --resume cut --total-steps before the first of them.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 
