@@ -105,7 +105,7 @@ def lines(python):
 def parse_args(description, *algorithms):
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--peer-python", required=True, help="of the library's virtual environment")
-    parser.add_argument("--seeds", required=True, help="first and last, for example 1-10")
+    parser.add_argument("--seeds", required=True, help="one, or first and last: 1-10")
     if algorithms:
         parser.add_argument("algorithms", nargs="+", choices=algorithms)
     return parser.parse_args()
@@ -114,8 +114,9 @@ def parse_args(description, *algorithms):
 def measure(name, command, args, comparisons, **more):
     """Make all runs, one after the other, and write their rows."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    first, last = (int(seed) for seed in args.seeds.split("-"))
-    work, rows = list(product(range(first, last + 1), comparisons)), []
+    first, _, last = args.seeds.partition("-")
+    seeds = range(int(first), int(last or first) + 1)
+    work, rows = list(product(seeds, comparisons)), []
     for seed, comparison in tqdm(work, desc=name):
         rows += compare(seed, args.peer_python, **comparison)
     command = f"python benchmark/{command} --peer-python .venv-peer/bin/python --seeds {args.seeds}"
