@@ -510,13 +510,13 @@ def play(act, args, final=False, filmed=None):
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success")).item()  # None becomes NaN
-                steps[i].append((np.float64(reward), success))
+                steps[i].append((np.float64(reward), info.get("is_success")))
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        played += [Episode(*np.transpose(rows)) for rows in steps]
+        # A success of None becomes NaN.
+        played += [Episode(*np.array(rows, float).T) for rows in steps]
     return played[:number]
 
 

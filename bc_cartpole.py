@@ -140,8 +140,11 @@ class Policy(nn.Module):
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
         observations = np.array(observations, np.float32, order="C")  # no negative strides
-        distribution = self(torch.from_numpy(observations).to(self.low.device))
-        return self.to_env(distribution.sample() if sample else distribution.mode)
+        observations = torch.from_numpy(observations).to(self.low.device)
+        if sample:
+            return self.to_env(self(observations).sample())
+        outputs = self.network(self.standardise(observations))  # greedy: the most likely action
+        return self.to_env(outputs.argmax(-1) if self.discrete else outputs)
 
     def to_env(self, actions):
         """From the policy's own units to the environment's, as NumPy."""
@@ -452,13 +455,14 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success")).item()  # None becomes NaN
-                steps[i].append((row, action, np.float64(reward), terminated, success))
+                step = row, action, np.float64(reward), terminated, info.get("is_success")
+                steps[i].append(step)
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+        kinds = None, None, None, None, float  # float: a success of None becomes NaN
+        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
     return played[:episodes]
 
 

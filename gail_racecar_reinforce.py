@@ -715,13 +715,14 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success")).item()  # None becomes NaN
-                steps[i].append((row, action, np.float64(reward), terminated, success))
+                step = row, action, np.float64(reward), terminated, info.get("is_success")
+                steps[i].append(step)
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+        kinds = None, None, None, None, float  # float: a success of None becomes NaN
+        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
     return played[:episodes]
 
 
