@@ -9,7 +9,7 @@ the states that it visits, using the expert's cost-to-go; here rewards take the 
     4. validate, and keep the best policy.
 DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algorithm dagger`.
 
-    python aggrevated_bipedal.py --total-steps 2           two iterations: a look around
+    python aggrevated_bipedal.py --total-steps 2           two iterations: a quick try
     python aggrevated_bipedal.py                           ten minutes; a weak expert
     python aggrevated_bipedal.py --resume runs/FOLDER      go on where a run stopped
     python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
@@ -510,13 +510,13 @@ def play(act, args, final=False, filmed=None):
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                steps[i].append((np.float64(reward), info.get("is_success")))
+                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
+                steps[i].append((np.float64(reward), success))
                 if terminated or truncated or len(steps[i]) == LONGEST:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        # A success of None becomes NaN.
-        played += [Episode(*np.array(rows, float).T) for rows in steps]
+        played += [Episode(*np.transpose(rows)) for rows in steps]
     return played[:number]
 
 

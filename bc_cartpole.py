@@ -8,11 +8,11 @@ its errors lead it there, and there it makes more of them (Ross & Bagnell 2010).
 pairs does not show this: their states, too, are the expert's. The policy that is kept has averaged
 weights: the average whose loss on a fifth of the pairs, set aside from training, was least.
 
-    python bc_cartpole.py --total-steps 500         a look around: a second of training
+    python bc_cartpole.py --total-steps 500         a quick try: a second of training
     python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python bc_cartpole.py --env-id Pendulum-v1      another task whose demonstrations are shipped
-    python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     a task of yours, in mine.py
+    python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     your own task, in mine.py
     uv run bc_cartpole.py --env-id Hopper-v5          with uv, which installs all that it needs
 
 Any task with a flat Box of observations and Discrete actions or a bounded Box of them. On CartPole
@@ -161,7 +161,7 @@ class Policy(nn.Module):
 
 
 def behavioural_cloning_loss(policy, observations, actions):
-    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ()."""
+    """Minus the mean log-likelihood of the expert's actions: two (batch, ...) -> ()."""
     return -policy(observations).log_prob(actions).mean()
 
 
@@ -176,7 +176,7 @@ def descend(optimizer, loss):
 
 @torch.no_grad()
 def move_average(average, policy, rate):
-    """Move the averaged policy's parameters by `rate` of the way to the policy's."""
+    """Move the average's parameters towards the policy's, by the share `rate` of the way."""
     for mean, parameter in zip(average.parameters(), policy.parameters()):
         mean += rate * (parameter - mean)
 
@@ -217,7 +217,7 @@ def train(args):
                     seen, taken, *_ = tensors(run.held_out, args.device)
                     loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
                     scalars["losses/held_out"] = float(loss)
-            run.record(scalars, best[0])  # logs; evaluates and saves when it is time
+            run.record(scalars, best[0])  # logs; evaluates and saves when due
     return run.finish(best[0])
 
 
@@ -455,14 +455,13 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                step = row, action, np.float64(reward), terminated, info.get("is_success")
-                steps[i].append(step)
+                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
+                steps[i].append((row, action, np.float64(reward), terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        kinds = None, None, None, None, float  # float: a success of None becomes NaN
-        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
+        played += [Episode(*map(np.array, zip(*each))) for each in steps]
     return played[:episodes]
 
 

@@ -4,27 +4,27 @@ Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/ab
 Algorithm 1) repeats:
     1. roll out the policy and keep its (state, action) pairs,
     2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
-    3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
+    3. reward each of the policy's pairs by D's output for it, for example -log(1 - D(s, a)),
     4. take a policy gradient step, PPO or REINFORCE, on that reward.
 
-    python gail_cartpole.py --total-steps 20000       a look around: a few seconds
+    python gail_cartpole.py --total-steps 20000       a quick try: a few seconds
     python gail_cartpole.py                           the default run on CartPole: 15 seconds
     python gail_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python gail_cartpole.py --env-id Acrobot-v1       another task whose demonstrations are shipped
-    python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    a task of yours, in mine.py
+    python gail_cartpole.py --env-id mine:Task-v0 --demos mine.npz    your own task, in mine.py
     uv run gail_cartpole.py --env-id Hopper-v5        with uv, which installs all that it needs
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
---bc-weight 0` learns no action of the expert and balances too. `occupancy_distance` in summary.json
-tells them apart: 0 matches the expert, 1 is as far off as a random policy. docs/gail_cartpole.md
-has the results.
+--bc-weight 0` ignores what the expert does, and balances as well. `occupancy_distance` in
+summary.json tells the two apart: 0 matches the expert, 1 is as far off as a random policy.
+docs/gail_cartpole.md has the results.
 
-Deviations from the paper, by their numbers in the code: (1) PPO, with a limit to the KL divergence,
-or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout; step
-sizes of policy and critic that fall; (4) an entropy bonus for Discrete actions alone, and not in
+Deviations from the paper, by their numbers in the code: (1) PPO, with a limit on the KL divergence,
+or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout;
+falling step sizes of policy and critic; (4) an entropy bonus for Discrete actions only, and not in
 the return; (5) an average of the policies is kept; (6) other reward forms; with --absorbing a
-reward for what follows a termination, and a D that learns from ten rollouts; (7) cloning's loss is
-added to step 4's: --bc-weight 0 is GAIL alone (REINFORCE's default).
+reward for the state after a termination, and a D that learns from ten rollouts; (7) a cloning loss
+is added in step 4: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -71,27 +71,29 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say, number, Failed, EVALUATION_SEEDS, take, tensors and Run.
+# From the harness, below: say prints a line, number is the type of a flag, take makes a step,
+# tensors are the columns of episodes, Run does files, seeds and checkpoints; and the exceptions
+# BadInput and Failed.
 
-SCRIPT = "gail_cartpole"  # names files and folders; the harness reads it, and the next one
+SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
-RECENT = 10  # with an absorbing state, D learns from this many last rollouts; without, from one
-END_SCALE = 0.3  # an absorbing state is the last observation acted on, standardised, times this
-LEAST_STD = 0.1  # of a Gaussian: below it, single pairs weigh too much in the gradient
+RECENT = 10  # with --absorbing, D learns from this many rollouts, the last ones: see Recent
+END_SCALE = 0.3  # makes an absorbing state's observation small: see absorbing_pairs
+LEAST_STD = 0.1  # of a Gaussian: the gradient of log pi grows as 1 / std
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in `average`: DEVIATION (5)
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
+    """The algorithm's flags; number(kind, low, high): at least low, at most high."""
     parser.set_defaults(env_id="CartPole-v1")
     count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
-    flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="used for step 4")
-    flag("--total-steps", type=count, default=100_000, help="environment steps, in whole rollouts")
-    flag("--schedule", type=count, help="steps in which --policy-lr, --critic-lr, --bc-weight fall")
+    flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="of step 4")
+    flag("--total-steps", type=count, default=100_000, help="environment steps: whole rollouts")
+    flag("--schedule", type=count, help="steps in which step sizes and --bc-weight fall; None: all")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
-    flag("--num-steps", type=number(int, 2), default=64, help="of each environment, in a rollout")
-    flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at first")
+    flag("--num-steps", type=number(int, 2), default=64, help="of each of them in a rollout")
+    flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
@@ -100,26 +102,26 @@ def add_settings(parser, argv):
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
     flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
     flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
-    flag("--entropy", type=real, default=0.03, help="its weight (Discrete actions only)")
-    flag("--bc-weight", type=real, default=1.0, help="of cloning's loss, at first; 0: no cloning")
+    flag("--entropy", type=real, default=0.03, help="its bonus's weight; Discrete only")
+    flag("--bc-weight", type=real, default=1.0, help="cloning's, at the start; 0: none")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     after = "pay D's reward, not 0, after a termination; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=after)
-    flag("--discriminator-updates", type=count, default=20, help="for each rollout")
-    flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
+    flag("--discriminator-updates", type=count, default=20, help="after each rollout")
+    flag("--discriminator-batch", type=count, default=256, help="expert pairs, and as many others")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
-    flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
-    # In this order: every step pays 1; D is never trained; the expert's actions are permuted.
+    flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
+    # After none: every step pays 1; D is never trained; the expert's actions are permuted.
     controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
-    # Defaults that depend on other flags (--num-pairs is the harness's). A flag given still wins.
+    # Defaults that depend on other flags. A flag given still wins.
     given, _ = parser.parse_known_args(argv)
-    if given.num_pairs:
-        # Few pairs are soon known by heart: less cloning. D's rewards are rough: sum fewer of them.
+    if given.num_pairs:  # the harness's flag: learn from so few pairs of each demonstration
+        # They are soon memorised, so less cloning. D's rewards are noisy, so a shorter horizon.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
-    if given.policy_gradient == "reinforce":  # one large step per rollout; gamma: less variance
+    if given.policy_gradient == "reinforce":  # one large step a rollout; a low gamma: less variance
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
         parser.set_defaults(policy_lr=1e-2, gamma=0.97, gae_lambda=1.0, bc_weight=0.0)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -152,13 +154,14 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """Observations (..., inputs) -> the distribution of actions. Discrete: a softmax; actions,
-    (...), count from 0. Box, scaled to [-1, 1]: a Gaussian; samples, (..., size), may lie outside.
+    """Observations (..., inputs) -> the distribution of actions, in the policy's own units.
+    Discrete: a softmax over 0, 1, ...; actions have shape (...). Box: a Gaussian, the box being
+    [-1, 1]; samples have shape (..., size) and may lie outside it.
     `low`, `high`: the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt has these and the weights. Low and high are here, so persistent=False below.
+        # Saved in policy.pt beside the weights, which so need no low and high: persistent=False.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -167,13 +170,13 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.6 + LEAST_STD
+            self.log_std = nn.Parameter(torch.full((outputs,), -0.5))  # std: e^-0.5 + LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
-        std = (LEAST_STD + self.log_std.exp()).expand_as(outputs)
+        std = LEAST_STD + self.log_std.exp()
         return Independent(Normal(outputs, std, validate_args=False), 1)
 
     @torch.no_grad()
@@ -200,58 +203,59 @@ class Policy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's": (..., size of a pair) -> (...). The last number of
-    a pair is a flag: 1 for the absorbing state that follows a termination, else 0."""
+    """D's logits, high if a pair is the expert's: (..., size of a pair) -> (...). A pair is an
+    observation, an action and a flag: 1 for the absorbing state after a termination, else 0."""
 
     def __init__(self, policy, hidden):
         super().__init__()
         self.standardise, self.discrete = policy.standardise, policy.discrete  # shared
-        self.action_size = policy.network[-1].out_features  # Discrete: how many there are
+        self.action_size = policy.network[-1].out_features  # Discrete: how many actions
         self.network = mlp(policy.settings["inputs"] + self.action_size + 1, hidden, 1)
 
     def forward(self, pairs):
         return self.network(pairs).squeeze(-1)
 
     def make_pairs(self, observations, actions):
-        """What D sees: the observation, standardised; the action, one-hot or clipped; and the flag.
+        """What D sees: the observation, standardised; the action, one-hot or clipped; flag 0.
         (..., inputs) and (...) or (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
         flag = torch.zeros_like(observations[..., :1])
         return torch.cat([self.standardise(observations), actions, flag], -1)
 
     def absorbing_pairs(self, pairs):
-        """What follows if an episode terminates after these pairs: the same observations (not what
-        the step led to) times END_SCALE, no action (zeros), flag 1. (..., size of a pair) -> same
+        """The absorbing states, if episodes terminate after these pairs: their observations times
+        END_SCALE, no action (zeros), flag 1. (..., size of a pair) -> same
 
-        At full size D would learn the expert's few ends by heart and reward no others, and policies
-        would avoid ending at all. Made small, they still tell a crash from a landing."""
-        after = F.pad(END_SCALE * pairs[..., : -1 - self.action_size], (0, self.action_size + 1))
-        after[..., -1] = 1.0
-        return after
+        Their observations: demonstrations do not hold what the last step led to. Times END_SCALE:
+        at full size D would memorise the expert's few ends and reward no others, so policies would
+        avoid every end. Made small, they still tell a crash from a landing."""
+        observations = pairs[..., : -1 - self.action_size]
+        after = F.pad(END_SCALE * observations, (0, self.action_size))
+        return F.pad(after, (0, 1), value=1.0)
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
-        """Append what follows each termination: (n, size), (n,) -> (more, size).
+        """Append the absorbing states after terminations: (n, size), (n,) -> (more, size).
 
-        The absorbing state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma)
-        steps, so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or
-        at an end the share of all pairs that is there: 1, but less for the expert's pairs with
-        --num-pairs, which keeps every end. Then D sees fewer copies."""
+        Such a state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps,
+        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at an end,
+        else 0. But --num-pairs keeps every end of the expert's and, say, 5 % of its other pairs:
+        then it is 0.05 at each end, and D sees 5 % of the copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """Pairs and ends of the last rollouts, kept in checkpoints. How many ends one rollout has is
-    chance: if few, D would take an end for the expert's and overpay it; if many, pay too little."""
+    """The last rollouts' pairs, and which of them end. One rollout has few or many ends by chance:
+    after few, D would reward an end too much; after many, too little."""
 
-    state_dict, load_state_dict = list.copy, list.extend  # Run calls them
+    state_dict, load_state_dict = list.copy, list.extend  # for Run's checkpoints
 
 
 # --- mathematics ----------------------------------------------------------------------------------
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): two (batch,) -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -260,30 +264,31 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    # D may tell an absorbing pair from an ordinary one as sharply as it likes: no penalty there.
+    # D may tell an absorbing pair from an ordinary one as sharply as it likes: penalise the others.
     mask = expert_pairs[:, -1] == policy_pairs[:, -1]
     return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Without absorbing states, 0 follows an end: the sign favours long or short episodes."""
+    """The reward of pairs with these logits, computed without overflow: (...) -> (...). Without
+    absorbing states, 0 follows an end: so rewards above 0 favour long episodes, below 0 short."""
     if form == "gail":
-        return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
+        return F.softplus(logits)  # -log(1 - D), above 0
     if form == "logd":
-        return F.logsigmoid(logits)  # log D, below 0: favours short ones
+        return F.logsigmoid(logits)  # log D, below 0
     return logits  # log D - log(1 - D), of either sign (Fu et al. 2018)
 
 
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
     """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values` are those of the states that the steps lead to, even if an episode is truncated
-    there; where it terminates, 0 or the absorbing state's value."""
+    `next_values`: of the states that the steps lead to, at a truncation too; at a termination, 0 or
+    the absorbing state's value."""
     errors = rewards + gamma * next_values - values
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
-        advantages[step] = advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantages[step] = advantage
     return advantages
 
 
@@ -294,15 +299,15 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip):
 
 
 def reinforce_loss(log_probs, advantages):
-    """Minus the mean of log pi * advantage (Williams 1992, with a baseline): (batch,) x 2 -> ()."""
+    """Minus the mean of log pi * advantage (Williams 1992, with a baseline): two (batch,) -> ()."""
     return -(log_probs * advantages).mean()
 
 
 def behavioural_cloning_loss(policy, observations, actions):
-    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ().
+    """Minus the mean log-likelihood of the expert's actions: two (batch, ...) -> ().
 
-    A Gaussian's deviation is detached: fitted to a few pairs it would fall to LEAST_STD, and the
-    policy would try nothing new."""
+    A Gaussian's standard deviation is detached: fitted to a few pairs it would fall to LEAST_STD,
+    and the policy would stop exploring."""
     new = policy(observations)
     if not policy.discrete:
         new = Independent(Normal(new.mean, new.stddev.detach(), validate_args=False), 1)
@@ -311,7 +316,7 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 @torch.no_grad()
 def move_average(average, policy, rate):
-    """Move the averaged policy's parameters by `rate` of the way to the policy's."""
+    """Move the average's parameters towards the policy's, by the share `rate` of the way."""
     for mean, parameter in zip(average.parameters(), policy.parameters()):
         mean += rate * (parameter - mean)
 
@@ -320,32 +325,33 @@ def move_average(average, policy, rate):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
-    back, unlike Gymnasium's vector environments: each episode's seed and actions are replayed."""
+    """Environments side by side, each reset as soon as its episode ends. A checkpoint holds each
+    episode's seed and actions, and these are replayed; Gymnasium's vector ones have no such way."""
 
     def __init__(self, env_id, num_envs):
         self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        # Called by train, or as Python ends: a task may have started processes.
+        # Called by train, or as Python ends, as a task may have processes; it must not hold self.
         self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
         shape = envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
         # If all episodes began together, a rollout would hold the same part of each, and D would
-        # see one part after another. So the first ones are cut, at different lengths.
+        # see one part at a time. So the first ones are cut, at different lengths.
         longest = envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
 
-    def begin(self, i, seed=None, cut=0):  # cut 0: not at all; seeds < EVALUATION_SEEDS
+    def begin(self, i, seed=None, cut=0):
+        """Reset one environment; its episode is truncated after `cut` steps, if that is not 0."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
 
     def advance(self, i, action):
-        """A step of one environment: is its episode terminated, is it truncated?"""
+        """Step one environment; returns whether its episode is terminated, and truncated."""
         self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
         self.actions[i].append(action)
-        self.returns[i] += np.float64(reward)  # a reward of None: NaN
+        self.returns[i] += np.float64(reward)  # for the log alone; a reward of None is NaN
         return terminated, truncated or len(self.actions[i]) == self.cuts[i]
 
     def state_dict(self):
@@ -353,10 +359,10 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay all; if one leads elsewhere, a new one begins: Box2D keeps state over resets."""
+        """Replay all. For one that leads elsewhere (Box2D keeps state over resets), begin anew."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
-            with contextlib.suppress(Exception):  # a task may refuse to go on after an end
+            with contextlib.suppress(Exception):  # a task may raise if it is stepped after an end
                 self.begin(i, state["seeds"][i], state["cuts"][i])
                 for action in actions:
                     self.advance(i, action)
@@ -369,7 +375,7 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """All environments' observations, actions, next observations (of an ended episode: its last),
+    """All environments' observations, actions, next observations (at an end: the episode's last),
     terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
@@ -378,6 +384,7 @@ def rollout(envs, policy, num_steps, device):
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
         taken = policy.to_env(actions).tolist()
+        # Terminated, truncated: (num_envs, 2)
         ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
         frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
         for i in np.flatnonzero(ends.any(1)):
@@ -396,14 +403,15 @@ def descend(optimizer, loss):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
+    """Step 2, --discriminator-updates times. For the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
     total, size = 0.0, (args.discriminator_batch,)
     for _ in range(args.discriminator_updates):
         expert = expert_pairs[torch.randint(len(expert_pairs), size)]
         learner = policy_pairs[torch.randint(len(policy_pairs), size)]
-        loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
+        expert_logits, policy_logits = discriminator(torch.stack([expert, learner]))
+        loss = discriminator_loss(expert_logits, policy_logits)
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
         total += loss.detach()
@@ -414,24 +422,26 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    DEVIATION (1): clipping does not bound a policy's change. So once a pass moved it farther than
-    --target-kl per action dimension (their KLs add up), the other passes train the critic alone.
-    DEVIATION (7): cloning's loss is added, with a weight that falls (as in Jena et al. 2020). By
-    GAIL alone a policy finds the expert's actions by chance; by cloning alone it errs where the
-    expert never was. `expert`: its observations and actions."""
+    DEVIATION (1): clipping does not bound a policy's change. So once a pass has moved it by a KL
+    above --target-kl times the number of an action's dimensions, the passes left train the critic
+    alone (the policy gets no gradient, so Adam leaves it as it is).
+    DEVIATION (7): a cloning loss is added, with a weight that falls (as in Jena et al. 2020). With
+    GAIL alone a policy must find the expert's actions by chance; with cloning alone it errs where
+    the expert never was. `expert`: the expert's (observations, actions)."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
 
-    def policy_losses(rows):  # PPO's or REINFORCE's alone, for the log; and the total
+    def policy_losses(rows):
+        """PPO's or REINFORCE's loss, for the log; and the sum to descend."""
         new = policy(observations[rows])
         log_probs = new.log_prob(actions[rows])
         if args.policy_gradient == "ppo":
             loss = ppo_loss(log_probs, old_log_probs[rows], advantages[rows], args.clip)
         else:
             loss = reinforce_loss(log_probs, advantages[rows])
-        # DEVIATION (4). None for a Gaussian: its entropy has no bound, samples would leave the box.
-        total = loss - args.entropy * policy.discrete * new.entropy().mean()
+        # DEVIATION (4). A Gaussian's entropy has no bound: its samples would leave the box.
+        total = loss - args.entropy * new.entropy().mean() if policy.discrete else loss
         if bc_weight:
             drawn = torch.randint(len(expert[0]), (64,))
             pairs = [column[drawn] for column in expert]
@@ -452,7 +462,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # tested in the next pass
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # an estimate; tested above
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -462,7 +472,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, terminating):
-    """What to advise if the run is not solved, from the scalars at its last evaluation."""
+    """Advice for a run that is not solved, from the scalars at its last evaluation."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     accuracies = [scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")]
     if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
@@ -477,17 +487,17 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # (pairs, ...) each; ends: 0, at a termination 1 or a share: see add_absorbing_pairs.
+    # (pairs, ...) each; ends: above 0 at a termination, `terminated` in add_absorbing_pairs.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
     average = copy.deepcopy(policy)
-    layers = *mlp(run.sizes["inputs"], args.hidden, 1), nn.Flatten(-2)  # (..., n, 1) -> (..., n)
-    critic = nn.Sequential(policy.standardise, *layers).to(args.device)  # (..., n, in) -> (..., n)
+    value = mlp(run.sizes["inputs"], args.hidden, 1)  # (..., n, inputs) -> (..., n, 1)
+    critic = nn.Sequential(policy.standardise, value, nn.Flatten(-2)).to(args.device)  # -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)  # skips what has no gradient
+    optimizer = torch.optim.Adam(groups, fused=True)  # their step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs, recent = Environments(args.env_id, args.num_envs), Recent()
 
@@ -502,7 +512,7 @@ def train(args):
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
-    run.start(**parts, recent=recent)  # what a checkpoint holds; --resume: loads it, and run.steps
+    run.start(**parts, recent=recent)  # a checkpoint holds them; --resume loads them, and run.steps
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, 0.02)  # DEVIATIONS (3), (7): falls to 2 %
@@ -511,7 +521,7 @@ def train(args):
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
 
         # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy alone led to all
-        # the states. The price: D and the charts see only the first --num-steps of an episode.
+        # the states. The price: D sees no more than the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             for i in range(args.num_envs):
                 envs.begin(i)
@@ -520,18 +530,18 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:  # of the last rollouts (kept on the CPU), with absorbing ones
+        if absorbing:  # with absorbing ones, and those of the rollouts before
             newest = policy_pairs.cpu(), terminated.flatten().cpu()
-            recent[:] = [*recent, newest][-RECENT:]
-            whole = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
-            policy_pairs = torch.cat(whole).to(args.device)
+            recent[:] = [*recent, newest][-RECENT:]  # in place: checkpoints hold this list
+            longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
+            policy_pairs = torch.cat(longer).to(args.device)
 
-        # 2. Train the discriminator.
+        # 2. Train the discriminator, twenty times: DEVIATION (3).
         scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
-        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so values stay
-        # small enough for the critic: weighted means of D's rewards. The absorbing state pays r
-        # for ever, so (1 - gamma) (r + gamma r + ...) = r is its value.
+        # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so a value is a
+        # weighted mean of D's rewards, small enough for the critic. An absorbing state pays the
+        # same reward r for ever: (1 - gamma) (r + gamma r + ...) = r is its value.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -541,11 +551,12 @@ def train(args):
             end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
             values, next_values = critic(observations), critic(next_observations)
             next_values = torch.where(terminated, end_values, next_values)
-            scaled, done = rewards * (1 - args.gamma), terminated | truncated
+            scaled = rewards * (1 - args.gamma)
+            done = terminated | truncated
             factors = args.gamma, args.gae_lambda
             advantages = generalized_advantages(scaled, values, next_values, done, *factors)
             expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # no absorbing ones
-        returns = advantages + values  # what followed, as estimated: the critic's targets
+        returns = advantages + values  # estimated returns: the critic's targets
 
         # 4. Take a policy gradient step on the advantages.
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
@@ -561,11 +572,11 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
-        run.record(scalars, average)  # logs; evaluates and saves when it is time
+        run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()
-    # run.curve, of evaluations, is empty if --resume cut --total-steps before the first of them.
+    # run.curve: the evaluations; none, if --resume lowered --total-steps to before the first.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 
@@ -803,14 +814,13 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                step = row, action, np.float64(reward), terminated, info.get("is_success")
-                steps[i].append(step)
+                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
+                steps[i].append((row, action, np.float64(reward), terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        kinds = None, None, None, None, float  # float: a success of None becomes NaN
-        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
+        played += [Episode(*map(np.array, zip(*each))) for each in steps]
     return played[:episodes]
 
 

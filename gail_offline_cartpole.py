@@ -7,7 +7,7 @@ minibatches of the expert's states:
        gradient that reaches its logits is the natural one.
 Actions must be Discrete: then expectations over them are exact, and no action is sampled.
 
-    python gail_offline_cartpole.py --total-steps 500       a look around: a second of training
+    python gail_offline_cartpole.py --total-steps 500       a quick try: a second of training
     python gail_offline_cartpole.py --num-demos 4           the default budget, four demonstrations
     python gail_offline_cartpole.py --resume runs/FOLDER    go on where a run stopped
     python gail_offline_cartpole.py --env-id Acrobot-v1     another task with Discrete actions
@@ -78,7 +78,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=4_000, help="updates of D, in all")
     flag("--schedule", type=number(int, 1), help="updates of D in which both step sizes fall")
     flag("--batch-size", type=number(int, 1), default=64, help="expert's states in a minibatch")
-    flag("--policy-lr", type=number(float, 0), default=1e-2, help="Adam's step size at first")
+    flag("--policy-lr", type=number(float, 0), default=1e-2, help="Adam's step size at the start")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each update of D")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -444,14 +444,13 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                step = row, action, np.float64(reward), terminated, info.get("is_success")
-                steps[i].append(step)
+                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
+                steps[i].append((row, action, np.float64(reward), terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        kinds = None, None, None, None, float  # float: a success of None becomes NaN
-        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
+        played += [Episode(*map(np.array, zip(*each))) for each in steps]
     return played[:episodes]
 
 

@@ -4,10 +4,10 @@ Generative adversarial imitation learning (Ho & Ermon 2016, https://arxiv.org/ab
 Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
     1. roll out the policy and keep its (state, action) pairs,
     2. train the discriminator D to tell the expert's pairs (label 1) from the policy's (label 0),
-    3. reward each of the policy's pairs by what D thinks of it, for example -log(1 - D(s, a)),
+    3. reward each of the policy's pairs by D's output for it, for example -log(1 - D(s, a)),
     4. take PPO's steps on that reward.
 
-    python gail_racecar_ppo.py --total-steps 20000      a look around: ten seconds of training
+    python gail_racecar_ppo.py --total-steps 20000      a quick try: ten seconds of training
     python gail_racecar_ppo.py                          the default run: a few minutes
     python gail_racecar_ppo.py --resume runs/FOLDER     go on where a run stopped
 
@@ -88,15 +88,15 @@ CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert"
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags; number(kind, low, high) bounds a value, ends included."""
+    """The algorithm's flags; number(kind, low, high): at least low, at most high."""
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
     count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=count, default=300_000, help="environment steps, in all")
     flag("--schedule", type=count, help="steps in which the deviation and two step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=256, help="of each environment, in a rollout")
-    flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at first")
+    flag("--num-steps", type=number(int, 3), default=256, help="of each of them in a rollout")
+    flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=1e-3, help="the critic's, which does not fall")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.98, help="discount factor")
@@ -111,10 +111,10 @@ def add_settings(parser, argv):
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     ends = "let D judge what follows an end, at a wall or the finish, in place of value 0"
     flag("--absorbing", choices=("yes", "no"), default="yes", help=ends)
-    flag("--discriminator-updates", type=count, default=40, help="for each rollout")
-    flag("--discriminator-batch", type=count, default=256, help="pairs of each kind")
-    flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at first")
-    flag("--gradient-penalty", type=real, default=0.5, help="its weight; 0: none")
+    flag("--discriminator-updates", type=count, default=40, help="after each rollout")
+    flag("--discriminator-batch", type=count, default=256, help="expert pairs, and as many others")
+    flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at the start")
+    flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
     # Without --schedule it is the budget; a resumed run keeps the one that it had.
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
@@ -180,7 +180,7 @@ class Policy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Logits of D, "this pair is the expert's": (..., 13) -> (...)."""
+    """D's logits, high if a pair is the expert's: (..., 13) -> (...)."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -206,7 +206,7 @@ class Discriminator(nn.Module):
         return F.pad(flag, (12, 0)) / self.units
 
     def add_absorbing_pairs(self, pairs, finished, gamma):
-        """Add 1 / (1 - gamma) pairs for each end: (n, 13), (ends,) bool -> (more, 13).
+        """Append 1 / (1 - gamma) pairs for each end: (n, 13), (ends,) bool -> (more, 13).
 
         An absorbing state lasts for ever. Discounted, that is as much as 1 + gamma + gamma^2 + ...
         = 1 / (1 - gamma) steps: so many times D sees it."""
@@ -224,7 +224,7 @@ def at_finish(observations):
 
 
 def discriminator_loss(expert_logits, policy_logits):
-    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): (batch,) twice -> ()."""
+    """Binary cross-entropy, expert = 1 (GAIL, eq. 17, labels swapped): two (batch,) -> ()."""
     return F.softplus(-expert_logits).mean() + F.softplus(policy_logits).mean()
 
 
@@ -239,24 +239,25 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
 
 
 def imitation_reward(logits, form):
-    """The reward of pairs with these logits, in forms that do not overflow: (...) -> (...).
-    Without absorbing states, 0 follows an end: the sign favours long or short episodes."""
+    """The reward of pairs with these logits, computed without overflow: (...) -> (...). Without
+    absorbing states, 0 follows an end: so rewards above 0 favour long episodes, below 0 short."""
     if form == "gail":
-        return F.softplus(logits)  # -log(1 - D), above 0: favours long episodes
+        return F.softplus(logits)  # -log(1 - D), above 0
     if form == "logd":
-        return F.logsigmoid(logits)  # log D, below 0: favours short ones
+        return F.logsigmoid(logits)  # log D, below 0
     return logits  # log D - log(1 - D), of either sign (Fu et al. 2018)
 
 
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
     """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values` are those of the states that the steps lead to, even if an episode is truncated
-    there; where it terminates, 0 or the absorbing state's value."""
+    `next_values`: of the states that the steps lead to, at a truncation too; at a termination, 0 or
+    the absorbing state's value."""
     errors = rewards + gamma * next_values - values
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
-        advantages[step] = advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantage = errors[step] + gamma * gae_lambda * ~done[step] * advantage
+        advantages[step] = advantage
     return advantages
 
 
@@ -267,7 +268,7 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip):
 
 
 def behavioural_cloning_loss(policy, observations, actions):
-    """Minus the mean log-likelihood of the expert's actions: (batch, ...) twice -> ()."""
+    """Minus the mean log-likelihood of the expert's actions: two (batch, ...) -> ()."""
     return -policy(observations).log_prob(actions).mean()
 
 
@@ -275,8 +276,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. A checkpoint brings them
-    back, unlike Gymnasium's vector environments: each episode's seed and actions are replayed."""
+    """Environments side by side, each reset as soon as its episode ends. A checkpoint holds each
+    episode's seed and actions, and these are replayed; Gymnasium's vector ones have no such way."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -292,10 +293,10 @@ class Environments:
         self.observations[i], _ = self.envs[i].reset(seed=seed)
 
     def advance(self, i, action):
-        """A step of one environment: is its episode terminated, is it truncated?"""
+        """Step one environment; returns whether its episode is terminated, and truncated."""
         self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
         self.actions[i].append(action)
-        self.returns[i] += np.float64(reward)  # a reward of None: NaN
+        self.returns[i] += np.float64(reward)  # for the log alone; a reward of None is NaN
         return terminated, truncated
 
     def state_dict(self):
@@ -310,7 +311,7 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """All environments' observations, actions, next observations (of an ended episode: its last),
+    """All environments' observations, actions, next observations (at an end: the episode's last),
     terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
@@ -319,6 +320,7 @@ def rollout(envs, policy, num_steps, device):
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
         taken = policy.to_env(actions).tolist()
+        # Terminated, truncated: (num_envs, 2)
         ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
         frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
         for i in np.flatnonzero(ends.any(1)):
@@ -343,14 +345,15 @@ def minibatch(size, *columns):
 
 
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
-    """Step 2, --discriminator-updates times; for the log: the mean loss, without the penalty."""
+    """Step 2, --discriminator-updates times. For the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
         return {}
     total, size = 0.0, (args.discriminator_batch,)
     for _ in range(args.discriminator_updates):
         expert = expert_pairs[torch.randint(len(expert_pairs), size)]
         learner = policy_pairs[torch.randint(len(policy_pairs), size)]
-        loss = discriminator_loss(*discriminator(torch.stack([expert, learner])))
+        expert_logits, policy_logits = discriminator(torch.stack([expert, learner]))
+        loss = discriminator_loss(expert_logits, policy_logits)
         penalty = gradient_penalty(discriminator, expert, learner)
         descend(optimizer, loss + args.gradient_penalty * penalty)
         total += loss.detach()
@@ -473,7 +476,7 @@ def train(args):
             factors = args.gamma, args.gae_lambda
             advantages = generalized_advantages(rewards, values, next_values, done, *factors)
             expert_logits = discriminator(expert_pairs[: len(expert_actions)])  # no absorbing ones
-        returns = advantages + values  # what followed, as estimated: the critic's targets
+        returns = advantages + values  # estimated returns: the critic's targets
 
         # 4. Take PPO's steps on the advantages.
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
@@ -484,7 +487,7 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # none if none ended
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average.module)
     for env in envs.envs:
@@ -726,14 +729,13 @@ def play(act, args, final=False, filmed=None):
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                step = row, action, np.float64(reward), terminated, info.get("is_success")
-                steps[i].append(step)
+                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
+                steps[i].append((row, action, np.float64(reward), terminated, success))
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
                     if not filmed:
                         envs[i].close()
-        kinds = None, None, None, None, float  # float: a success of None becomes NaN
-        played += [Episode(*map(np.array, zip(*each), kinds)) for each in steps]
+        played += [Episode(*map(np.array, zip(*each))) for each in steps]
     return played[:episodes]
 
 
