@@ -77,8 +77,6 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
-RECENT = 10  # with --absorbing, D learns from this many rollouts, the last ones: see Recent
-END_SCALE = 0.3  # makes an absorbing state's observation small: see absorbing_pairs
 LEAST_STD = 0.1  # of a Gaussian: the gradient of log pi grows as 1 / std
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in `average`: DEVIATION (5)
 
@@ -206,6 +204,8 @@ class Discriminator(nn.Module):
     """D's logits, high if a pair is the expert's: (..., size of a pair) -> (...). A pair is an
     observation, an action and a flag: 1 for the absorbing state after a termination, else 0."""
 
+    end_scale = 0.3  # of absorbing states: absorbing_pairs says why
+
     def __init__(self, policy, hidden):
         super().__init__()
         self.standardise, self.discrete = policy.standardise, policy.discrete  # shared
@@ -224,13 +224,13 @@ class Discriminator(nn.Module):
 
     def absorbing_pairs(self, pairs):
         """The absorbing states, if episodes terminate after these pairs: their observations times
-        END_SCALE, no action (zeros), flag 1. (..., size of a pair) -> same
+        end_scale, no action (zeros), flag 1. (..., size of a pair) -> same
 
-        Their observations: demonstrations do not hold what the last step led to. Times END_SCALE:
+        Their observations: demonstrations do not hold what the last step led to. Times end_scale:
         at full size D would memorise the expert's few ends and reward no others, so policies would
         avoid every end. Made small, they still tell a crash from a landing."""
         observations = pairs[..., : -1 - self.action_size]
-        after = F.pad(END_SCALE * observations, (0, self.action_size))
+        after = F.pad(self.end_scale * observations, (0, self.action_size))
         return F.pad(after, (0, 1), value=1.0)
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
@@ -248,6 +248,7 @@ class Recent(list):
     """The last rollouts' pairs, and which of them end. One rollout has few or many ends by chance:
     after few, D would reward an end too much; after many, too little."""
 
+    rollouts = 10  # so many are kept
     state_dict, load_state_dict = list.copy, list.extend  # for Run's checkpoints
 
 
@@ -531,8 +532,8 @@ def train(args):
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
         if absorbing:  # with absorbing ones, and those of the rollouts before
-            newest = policy_pairs.cpu(), terminated.flatten().cpu()
-            recent[:] = [*recent, newest][-RECENT:]  # in place: checkpoints hold this list
+            recent.append((policy_pairs.cpu(), terminated.flatten().cpu()))
+            del recent[: -recent.rollouts]
             longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
             policy_pairs = torch.cat(longer).to(args.device)
 

@@ -172,12 +172,12 @@ def memory(script):
 
 def full_size_ends(script):
     """D sees the last observation that the absorbing state remembers in its full size."""
-    script.END_SCALE = 1.0
+    script.Discriminator.end_scale = 1.0
 
 
 def one_rollout(script):
     """D learns from the newest rollout alone, with an absorbing state as well."""
-    script.RECENT = 1
+    script.Recent.rollouts = 1
 
 
 def linear_policy(script):
