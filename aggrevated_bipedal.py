@@ -132,7 +132,7 @@ class Standardised(nn.Module):
 
     def measure(self, sample):
         self.mean.copy_(sample.mean(0))
-        self.deviation.copy_(sample.std(0).clamp(min=LEAST_DEVIATION))
+        self.deviation.copy_(sample.std(0, len(sample) > 1).clamp(min=LEAST_DEVIATION))
 
     def forward(self, inputs):
         return self.network((inputs - self.mean) / self.deviation)
@@ -140,14 +140,14 @@ class Standardised(nn.Module):
 
 class Policy(Standardised):
     """Learner or expert: observations (..., inputs) -> means (..., size) of actions before tanh.
-
     Its actions lie in [-1, 1]; to_env scales them to the environment's box, `low` to `high`."""
 
     def __init__(self, sizes, activation, low, high):
         super().__init__(sizes, {"relu": nn.ReLU, "tanh": nn.Tanh}[activation])
+        check(len(low) == len(high) == sizes[-1], f"{sizes[-1]} outputs, box {low} to {high}")
         self.settings = {"sizes": sizes, "activation": activation, "low": low, "high": high}
-        self.register_buffer("low", torch.tensor(low), persistent=False)
-        self.register_buffer("high", torch.tensor(high), persistent=False)
+        self.register_buffer("low", torch.tensor(low, dtype=torch.float), persistent=False)
+        self.register_buffer("high", torch.tensor(high, dtype=torch.float), persistent=False)
 
     def greedy(self, observations):
         return self(observations).tanh()
@@ -649,7 +649,7 @@ class Run:
             began = time.perf_counter()
             result = score(f"{now:>9,} steps  ", play(policy.act, args))
             self.wall_seconds += time.perf_counter() - began  # validating is part of the algorithm
-            if all(result["return_mean"] >= point["return_mean"] for point in self.curve):
+            if not any(result["return_mean"] < point["return_mean"] for point in self.curve):
                 best.load_state_dict(policy.state_dict())
             for name, value in result.items():
                 self.log.add_scalar(f"eval/{name}", value, now)

@@ -71,9 +71,8 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say prints a line, number is the type of a flag, take makes a step,
-# tensors are the columns of episodes, Run does files, seeds and checkpoints; and the exceptions
-# BadInput and Failed.
+# From the harness, below: say (prints), number (a flag's type), take (a step), tensors (episodes'
+# columns), Run (files, seeds, checkpoints), EVALUATION_SEEDS, the exceptions BadInput and Failed.
 
 SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
@@ -87,10 +86,10 @@ def add_settings(parser, argv):
     count, real = number(int, 1), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="of step 4")
-    flag("--total-steps", type=count, default=100_000, help="environment steps: whole rollouts")
-    flag("--schedule", type=count, help="steps in which step sizes and --bc-weight fall; None: all")
+    flag("--total-steps", type=count, default=100_000, help="environment steps, rounded up")
+    flag("--schedule", type=count, help="steps while step sizes and --bc-weight fall; default: all")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
-    flag("--num-steps", type=number(int, 2), default=64, help="of each of them in a rollout")
+    flag("--num-steps", type=number(int, 2), default=64, help="of each, in one rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -98,25 +97,25 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
-    flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
+    flag("--clip", type=real, default=0.2, help="PPO gains by ratios up to this far from 1")
     flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
-    flag("--entropy", type=real, default=0.03, help="its bonus's weight; Discrete only")
-    flag("--bc-weight", type=real, default=1.0, help="cloning's, at the start; 0: none")
+    flag("--entropy", type=real, default=0.03, help="weight of its bonus; Discrete only")
+    flag("--bc-weight", type=real, default=1.0, help="of cloning, at the start; 0: none")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
     after = "pay D's reward, not 0, after a termination; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=after)
     flag("--discriminator-updates", type=count, default=20, help="after each rollout")
-    flag("--discriminator-batch", type=count, default=256, help="expert pairs, and as many others")
+    flag("--discriminator-batch", type=count, default=256, help="pairs of expert and of policy")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
-    # After none: every step pays 1; D is never trained; the expert's actions are permuted.
+    # Off; every step pays 1; D is never trained; the expert's actions are permuted.
     controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags. A flag given still wins.
     given, _ = parser.parse_known_args(argv)
-    if given.num_pairs:  # the harness's flag: learn from so few pairs of each demonstration
+    if given.num_pairs:  # the harness's flag: only so many pairs of each demonstration
         # They are soon memorised, so less cloning. D's rewards are noisy, so a shorter horizon.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if given.policy_gradient == "reinforce":  # one large step a rollout; a low gamma: less variance
@@ -159,7 +158,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # Saved in policy.pt beside the weights, which so need no low and high: persistent=False.
+        # In policy.pt beside the weights; so low and high are not saved twice: persistent=False.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -226,9 +225,9 @@ class Discriminator(nn.Module):
         """The absorbing states, if episodes terminate after these pairs: their observations times
         end_scale, no action (zeros), flag 1. (..., size of a pair) -> same
 
-        Their observations: demonstrations do not hold what the last step led to. Times end_scale:
-        at full size D would memorise the expert's few ends and reward no others, so policies would
-        avoid every end. Made small, they still tell a crash from a landing."""
+        The pair's own observation, as demonstrations do not hold what the last step led to. Times
+        end_scale, as D would else memorise the expert's few ends and reward no others, so policies
+        would avoid every end. Made small, they still tell a crash from a landing."""
         observations = pairs[..., : -1 - self.action_size]
         after = F.pad(self.end_scale * observations, (0, self.action_size))
         return F.pad(after, (0, 1), value=1.0)
@@ -238,8 +237,8 @@ class Discriminator(nn.Module):
 
         Such a state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps,
         so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at an end,
-        else 0. But --num-pairs keeps every end of the expert's and, say, 5 % of its other pairs:
-        then it is 0.05 at each end, and D sees 5 % of the copies."""
+        else 0. With --num-pairs, which keeps all the expert's ends and, say, 5 % of its pairs, it
+        is 0.05 at every end alike, and D sees 5 % of the copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
@@ -265,7 +264,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    # D may tell an absorbing pair from an ordinary one as sharply as it likes: penalise the others.
+    # D may tell absorbing pairs from ordinary ones as sharply as it likes: no penalty between them.
     mask = expert_pairs[:, -1] == policy_pairs[:, -1]
     return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
@@ -326,24 +325,24 @@ def move_average(average, policy, rate):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. A checkpoint holds each
-    episode's seed and actions, and these are replayed; Gymnasium's vector ones have no such way."""
+    """Environments side by side; after an end, rollout begins an episode. A checkpoint holds each
+    episode's seed and actions, to replay it; Gymnasium's vector environments have no such way."""
 
     def __init__(self, env_id, num_envs):
         self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        # Called by train, or as Python ends, as a task may have processes; it must not hold self.
+        # Called by train, or once self is gone, so it must not hold self: tasks may have processes.
         self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
         shape = envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
         # If all episodes began together, a rollout would hold the same part of each, and D would
-        # see one part at a time. So the first ones are cut, at different lengths.
+        # see one part at a time. So the first episodes are cut, at different lengths.
         longest = envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
             self.begin(i, cut=longest * i // num_envs)
 
     def begin(self, i, seed=None, cut=0):
-        """Reset one environment; its episode is truncated after `cut` steps, if that is not 0."""
+        """Reset one environment, by default with a new seed; truncate after `cut` steps, if any."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
@@ -360,7 +359,7 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay all. For one that leads elsewhere (Box2D keeps state over resets), begin anew."""
+        """Replay each; begin anew where one leads elsewhere: Box2D keeps state over resets."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # a task may raise if it is stepped after an end
@@ -463,7 +462,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # an estimate; tested above
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # estimated, for the next pass
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -478,9 +477,9 @@ def diagnose(scalars, args, terminating):
     accuracies = [scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")]
     if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
-    if std < 0.1 * abs(mean):  # all actions are ranked nearly alike
+    if std < 0.1 * abs(mean):  # all pairs are paid nearly alike
         return "the reward is nearly constant: it teaches how long to last, and little else"
-    if min(accuracies) > 0.99:  # rewards hardly differ among the policy's pairs
+    if min(accuracies) > 0.99:  # with gail, the policy's rewards are all near 0
         return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""
 
@@ -488,7 +487,7 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # (pairs, ...) each; ends: above 0 at a termination, `terminated` in add_absorbing_pairs.
+    # (pairs, ...) each. ends: 0, or above where an episode terminates (see add_absorbing_pairs).
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
@@ -498,7 +497,7 @@ def train(args):
     critic = nn.Sequential(policy.standardise, value, nn.Flatten(-2)).to(args.device)  # -> (..., n)
     discriminator = Discriminator(policy, args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
-    optimizer = torch.optim.Adam(groups, fused=True)  # their step sizes: in the loop
+    optimizer = torch.optim.Adam(groups, fused=True)  # the loop sets each lr
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs, recent = Environments(args.env_id, args.num_envs), Recent()
 
@@ -531,7 +530,7 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:  # with absorbing ones, and those of the rollouts before
+        if absorbing:  # add absorbing pairs, and the last rollouts' pairs
             recent.append((policy_pairs.cpu(), terminated.flatten().cpu()))
             del recent[: -recent.rollouts]
             longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
@@ -573,11 +572,11 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # of REINFORCE only short ones
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()
-    # run.curve: the evaluations; none, if --resume lowered --total-steps to before the first.
+    # run.curve: each evaluation's scalars; empty if --resume cut --total-steps before the first.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 

@@ -95,7 +95,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=count, default=300_000, help="environment steps, in all")
     flag("--schedule", type=count, help="steps in which the deviation and two step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=256, help="of each of them in a rollout")
+    flag("--num-steps", type=number(int, 3), default=256, help="of each, in one rollout")
     flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=1e-3, help="the critic's, which does not fall")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -103,7 +103,7 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=count, default=256, help="pairs in one update")
-    flag("--clip", type=real, default=0.2, help="how far PPO lets the ratio go from 1")
+    flag("--clip", type=real, default=0.2, help="PPO gains by ratios up to this far from 1")
     flag("--bc-weight", type=real, default=1.0, help="of cloning's loss beside PPO's; 0: none")
     flag("--bc-updates", type=number(int, 0), default=0, help="steps of cloning alone, at first")
     flag = parser.add_argument_group("discriminator").add_argument
@@ -112,7 +112,7 @@ def add_settings(parser, argv):
     ends = "let D judge what follows an end, at a wall or the finish, in place of value 0"
     flag("--absorbing", choices=("yes", "no"), default="yes", help=ends)
     flag("--discriminator-updates", type=count, default=40, help="after each rollout")
-    flag("--discriminator-batch", type=count, default=256, help="expert pairs, and as many others")
+    flag("--discriminator-batch", type=count, default=256, help="pairs of expert and of policy")
     flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
@@ -276,8 +276,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side, each reset as soon as its episode ends. A checkpoint holds each
-    episode's seed and actions, and these are replayed; Gymnasium's vector ones have no such way."""
+    """Environments side by side; after an end, rollout begins an episode. A checkpoint holds each
+    episode's seed and actions, to replay it; Gymnasium's vector environments have no such way."""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]

@@ -200,9 +200,8 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         self._coins: dict[int, tuple[float, float]] = {}  # visible, without collision shape
         if self.coin_reward:
-            shape = physics.createVisualShape(
-                pybullet.GEOM_CYLINDER, radius=0.2, length=0.05, rgbaColor=(1, 0.8, 0, 1)
-            )
+            look = {"radius": 0.2, "length": 0.05, "rgbaColor": (1, 0.8, 0, 1)}
+            shape = physics.createVisualShape(pybullet.GEOM_CYLINDER, **look)
             for coin in COINS:
                 self._coins[physics.createMultiBody(0, -1, shape, (*coin, 0.2))] = coin
 
@@ -288,10 +287,9 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self.physics = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the physics, which a copy replays; what was done to it from outside is lost."""
+        """All but the physics: a copy replays it, or raises an error if that leads elsewhere."""
         if self.physics is None or self.render_mode == "human":
-            what = "a closed environment" if self.physics is None else "a window"
-            raise TypeError(f"{what} cannot be copied or pickled: make another environment")
+            raise TypeError("closed, or with a window: cannot be copied or pickled, make another")
         self.np_random  # noqa: B018  (drawn now if it never was, for both to go on alike)
         return {name: value for name, value in vars(self).items() if name != "physics"}
 
@@ -303,6 +301,8 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             RaceCarEnv.reset(self, seed=self._seed)
         for action in state["_actions"]:
             RaceCarEnv.step(self, action)
+        if self._position != state["_position"]:
+            raise TypeError("cannot be copied: a setting, or the car, was changed in its episode")
         vars(self).update(state)  # np_random and a wrapper's or a subclass's attributes as well
 
     __copy__ = copy.deepcopy  # two handles on one world would drive the same car
@@ -331,8 +331,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return reward
 
     def _info(self, is_success: bool) -> dict[str, Any]:
-        position = np.array(self._position)
-        return {"steps": self.steps, "position": position, "is_success": is_success}
+        return {"steps": self.steps, "position": np.array(self._position), "is_success": is_success}
 
 
 def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
@@ -345,7 +344,7 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
     try:
         steering, throttle = np.asarray(action).tolist()
         valid = np.shape(action) == (2,) and math.isfinite(steering) and math.isfinite(throttle)
-    except (TypeError, ValueError, OverflowError):  # not real numbers, or not two of them
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # not two plain real numbers
         valid = False
     if not valid:
         raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
@@ -415,6 +414,8 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         running = [i for i, env in enumerate(self.envs) if env.running]
         if not running:
             raise gymnasium.error.ResetNeeded("no car is running: call reset()")
+        if np.shape(actions) != (self.num_envs, 2):
+            raise ValueError(f"actions must be ({self.num_envs}, 2), got {actions!r}")
         rewards = np.zeros(self.num_envs)
         terminated, truncated, is_success = np.zeros((3, self.num_envs), bool)
         valid = [_steering_and_throttle(actions[i]) for i in running]  # all, before a car moves
@@ -473,8 +474,7 @@ class WaypointController:
 
 def progress(observation: np.ndarray) -> float:
     """The share of the track that a car has behind it, by its nearest waypoint; 1 at the finish."""
-    x, y = observation[:2]
-    if math.dist((x, y), FINISH) <= FINISH_RADIUS:
+    if math.dist(observation[:2], FINISH) <= FINISH_RADIUS:
         return 1.0
-    distances = np.hypot(*(WaypointController.WAYPOINTS - (x, y)).T)
+    distances = np.hypot(*(WaypointController.WAYPOINTS - observation[:2]).T)
     return float(np.argmin(distances)) / len(distances)

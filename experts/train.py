@@ -211,7 +211,10 @@ def load_policy(path):
         check(plain, f"a normaliser or {activation}, expected ReLU without one")
         names = [f"network.{2 * i}" for i in range(len(settings["sizes"]) - 1)]
         layers = [weights[f"{name}.{part}"] for name in names for part in ("weight", "bias")]
-        space = gym.spaces.Box(*(np.array(settings[name], np.float32) for name in ("low", "high")))
+        bounds = [np.array(settings[name], float) for name in ("low", "high")]
+        narrow = all((np.float32(x) == x).all() for x in bounds)
+        kind = np.float32 if narrow else np.float64
+        space = gym.spaces.Box(*(x.astype(kind) for x in bounds), dtype=kind)
         env_id = env_id.split(":")[-1]  # no file may have a module imported
         return Policy("td3", layers, space), env_id, source
 
@@ -373,7 +376,11 @@ def train(args):
             load_state(model, args.algorithm, run.state)
         args.out.mkdir(parents=True, exist_ok=True)
         model.num_timesteps, left = run.steps, args.total_steps - run.steps
-        model.learn(left, run, log_interval=10**9, reset_num_timesteps=False)
+        try:
+            model.learn(left, run, log_interval=10**9, reset_num_timesteps=False)
+        except ValueError as error:  # a network or a reward is NaN
+            reason = " ".join(str(error).split())[:200]
+            raise Failed(f"{args.algorithm} on {args.env_id}: {reason}") from None
     return Policy(args.algorithm, run.best["layers"], run.space), run.best["steps"]
 
 
@@ -408,7 +415,7 @@ def make(args):
             score = statistics(played[sampled])
             say(f"{'sampled' if sampled else 'greedy'}, fresh episodes: {describe(score)}")
             mean, least = score["return_mean"], args.at_least
-            if not mean >= least:
+            if not least <= mean < np.inf or mean == -np.inf:
                 raise Failed(f"found an expert's return of {mean:.1f}, expected {least:g} or more")
     about = {**about_run(args), "steps": steps}
     if args.expert:

@@ -176,6 +176,21 @@ def test_the_learner_of_one_run_is_the_expert_of_the_next(tmp_path):
     assert learner["learner"]["return_mean"] == expert["expert"]["return_mean"]
 
 
+def test_what_a_sound_expert_and_task_may_be(tmp_path):
+    """Bounds may be whole numbers; a first roll-in may have one transition; returns may be NaN: so
+    DAgger, which reads no rewards, keeps its newest policy."""
+    saved = torch.load(expert("PayingNaN-v0"), weights_only=True)
+    saved["settings"] |= {"low": [-1, 0], "high": [1, 2]}
+    torch.save(saved, tmp_path / "whole.pt")
+    task = "--env-id", "PayingNaN-v0", "--expert", tmp_path / "whole.pt", "--algorithm", "dagger"
+    AGGREVATED.run(tmp_path / "run", *task)
+    newest, kept = checkpoint(tmp_path / "run")["parts"]["policy"], weights(tmp_path / "run")
+    assert all(torch.equal(newest[name], kept[name]) for name in kept)
+    policy = new_policy()
+    policy.measure(torch.zeros(1, 3))
+    assert (policy.deviation == script.LEAST_DEVIATION).all()
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_experts(path):
     policy, env_id = script.load_policy(path)

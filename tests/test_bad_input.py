@@ -148,7 +148,10 @@ def test_files_of_other_scripts(tmp_path, refused):
 def test_an_expert_of_another_task(tmp_path, refused):
     saved = torch.load(expert("ToyBox-v0"), weights_only=True)
     box = {"settings": {**saved["settings"], "low": [0.0, 0.0]}}
-    for changes in ({"env_id": "Pendulum-v1"}, box):
+    narrow = {"settings": {**saved["settings"], "sizes": [3, 2, 1]}}  # for a box of two numbers
+    layer = {"network.2.weight": torch.ones(1, 2), "network.2.bias": torch.zeros(1)}
+    narrow["weights"] = {**saved["weights"], **layer}
+    for changes in ({"env_id": "Pendulum-v1"}, box, narrow):
         torch.save({**saved, **changes}, tmp_path / "expert.pt")
         argv = AGGREVATED.argv("--out", tmp_path / "new", "--expert", tmp_path / "expert.pt")
         refused(AGGREVATED, argv, tmp_path / "expert.pt")

@@ -65,19 +65,23 @@ def test_an_expert_at_the_edge_of_its_box_stays_inside():
 
 
 def test_a_policy_is_picked_on_its_own_task(run):
+    """Its box stays, here one of float64."""
     few = ("--algorithm", "sac", "--total-steps", "24", "--out", "run", "--expert", "a.pt")
-    assert run("toys:ToyBox-v0", *few) == (0, "")
+    assert run("toys:Rounding-v0", *few) == (0, "")
     pick = ("--pick", "-1000", "1000", "--out", "run", "--expert", "b.pt")
-    assert run("toys:ToyBox-v0", *pick) == (0, "")
-    assert train.load_policy("b.pt")[1] == "ToyBox-v0"
+    assert run("toys:Rounding-v0", *pick) == (0, "")
+    first, picked = (torch.load(name, weights_only=True) for name in ("a.pt", "b.pt"))
+    assert picked["env_id"] == "Rounding-v0" and picked["settings"] == first["settings"]
     status, line = run("Pendulum-v1", "--pick", "-1000", "1000", "--out", "run")
-    assert status == 2 and "for ToyBox-v0, not Pendulum-v1" in line
+    assert status == 2 and "for Rounding-v0, not Pendulum-v1" in line
 
 
 def test_a_weak_expert_is_refused_and_nothing_is_written(run, tmp_path):
     few = ("--total-steps", "256", "--out", "run", "--demos", "new/a.npz", "--at-least", "500")
     status, errors = run("CartPole-v1", *few)
     assert status == 1 and "500" in errors and errors.count("\n") == 1
+    status, errors = run("PayingNaN-v0", *few, "--out", "other")
+    assert status == 1 and "ppo on PayingNaN-v0" in errors and errors.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 

@@ -228,8 +228,13 @@ def test_a_copy_goes_on_alike_and_by_itself(copy_of):
     assert drive(env, actions) == shown
     env.close()
     assert drive(unmoved, actions) == shown
-    with pytest.raises(TypeError, match="a closed environment cannot be copied"):
+    with pytest.raises(TypeError, match=r"closed, .* cannot be copied"):
         copy_of(env)
+    changed = RaceCarEnv()
+    changed.reset(seed=1)
+    changed.start_noise = 0.0  # for the episodes after this one
+    with pytest.raises(TypeError, match="a setting, or the car, was changed"):
+        copy_of(changed)
 
 
 def test_a_pickled_environment_goes_on_in_another_process():
@@ -281,6 +286,9 @@ def test_the_vector_form_is_single_environments_that_rest_when_over():
     envs.reset(seed=np.int64(4))
     with pytest.raises(ValueError, match="2 finite numbers"):  # before a car moves
         envs.step(np.float32([[0, 1], [0, 1], [0, np.nan]]))
+    for wrong in (np.zeros((4, 2)), np.zeros(2), None):
+        with pytest.raises(ValueError, match=r"actions must be \(3, 2\)"):
+            envs.step(wrong)
     assert not any(env.steps for env in envs.envs)
     assert envs.render_mode == "rgb_array"  # wrappers ask for it
     with pytest.raises(ValueError, match=r"reset_mask must be \(3,\) bool"):
