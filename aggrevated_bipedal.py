@@ -19,12 +19,11 @@ An expert is a .pt of plain weights and settings: from experts/, or this script'
 docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
-function, and an iteration takes many Adam steps, not one online or natural gradient step; (2) the
-learner is held near the expert's action, and A* is weighted by 1 - alpha: little while Q* is young;
-(3) Q* is learnt by bootstrapping, not from the expert's returns; it is discounted and has no time
-index; a time limit is bootstrapped; A* is two networks' mean minus --caution times their spread;
-(4) one coin a trajectory decides who starts it; actions are the mean plus correlated noise; (5) all
-states so far train the learner, the expert's among them, above all late in an episode.
+function; an iteration takes many Adam steps; (2) the learner is held near the expert's action, and
+A* is weighted by 1 - alpha: little while Q* is young; (3) Q* is bootstrapped, at a time limit too,
+discounted, without a time index; A* is two networks' mean minus --caution times their spread; (4)
+one coin a trajectory decides who starts it; actions are the mean plus correlated noise; (5) all
+states so far train the learner, also the expert's.
 """
 
 # /// script
@@ -87,11 +86,10 @@ HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is har
 
 def add_settings(parser, argv):
     """The algorithm's flags; number (in the harness) bounds a value, ends included."""
-    parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4)
+    parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4, algorithm="aggrevated")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", metavar="NAME", default="weak", help="weak, good, half (experts/); or a .pt")
-    dagger = "dagger only imitates: without Q*, noise or takeover by the expert"
-    flag("--algorithm", choices=("aggrevated", "dagger"), default="aggrevated", help=dagger)
+    flag("--algorithm", choices=("aggrevated", "dagger"), help="dagger only imitates, without Q*")
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
@@ -113,8 +111,7 @@ def is_fall(env_id, reward, terminated):
 
     In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
     course: that is treated as a time limit, as if the walk went on."""
-    walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
-    return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
+    return reward <= -100 if "BipedalWalker" in env_id else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -228,7 +225,7 @@ def roll_in(policy, expert, alpha, args):
         scale = 0.0 if dagger else args.noise * torch.rand(())
         noise = torch.randn(len(policy.low))
         env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D remembers
-        (observation, _), over, step = env.reset(seed=seed), False, 0
+        (observation, _), over, step = begin(env, seed), False, 0
         while not over:
             seen = torch.tensor(observation, dtype=torch.float32, device=args.device)  # a copy
             action = (starter if step < switch else expert).greedy(seen).cpu()
@@ -429,7 +426,7 @@ def write(path, content):
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
     else:
-        torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
+        torch.save(content, file) if path.suffix == ".pt" else content.savefig(file, format="png")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder, path.name)
         whole.write_bytes(file.getbuffer())
@@ -467,11 +464,11 @@ def sizes(env_id):
         widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
         fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
         check(fits, f"actions {taken}, expected a bounded, flat Box of floats")
-        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
+        np.array([*scalars, info.get("is_success")], float)  # raises unless all are numbers or None
         return {"inputs": len(first), "low": taken.low.tolist(), "high": taken.high.tolist()}
 
 
@@ -483,6 +480,14 @@ def seed_others(number):
     """A task may draw from these generators; the scripts draw from torch's alone."""
     seed_python(number)
     np.random.seed(number)
+
+
+def begin(env, seed):
+    """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
+    seed_others(seed)
+    for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+        space.seed(seed)
+    return env.reset(seed=seed)
 
 
 def take(env, action):
@@ -504,8 +509,7 @@ def play(act, args, final=False, filmed=None):
         running, steps = list(range(at_once)), [[] for _ in envs]
         seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
         for i, env in enumerate(envs):
-            env.action_space.seed(first + len(played) + i)
-            seen[i], _ = env.reset(seed=first + len(played) + i)
+            seen[i], _ = begin(env, first + len(played) + i)
         while running:
             random = [] if act else [envs[i].action_space.sample() for i in running]
             for i, action in zip(tuple(running), act(seen[running]) if act else random):
@@ -573,6 +577,7 @@ class Run:
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
+        check(torch.get_default_dtype() == torch.float32, "torch's default dtype is not float32")
         self.sizes = sizes(args.env_id)
         here = Path(globals().get("__file__", "script")).resolve().parent
         wanted = args.env_id.split(":")[-1]
@@ -611,8 +616,9 @@ class Run:
                     setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
-            check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
-            self.folder.mkdir(parents=True)
+            with explained(self.folder):
+                check(not self.folder.exists(), "exists, expected a new folder")
+                self.folder.mkdir(parents=True)
         Run.active, Run.stopped_by = self, 0  # from now on a signal waits
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
@@ -703,12 +709,13 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
-    seed_others(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
     say(f"task    {args.env_id}")
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
+        other = [x for x in sizes(args.env_id).items() if policy.settings.get(*x) != x[1]]
+        check(not other, f"not the task that it was trained on: {other}")
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert"
 def add_settings(parser, argv):
     """The algorithm's flags; number(kind, low, high): at least low, at most high."""
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
-    count, real = number(int, 1), number(float, 0)
+    count, size, real = number(int, 1), number(int, 1, 10**6), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=count, default=1_000_000, help="environment steps, in all")
     flag("--schedule", type=count, help="steps in which the deviation and two step sizes fall")
@@ -101,7 +101,7 @@ def add_settings(parser, argv):
     flag("--gamma", type=number(float, 0, 0.9999), default=0.95, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=1.0, help="low: trust the critic more")
     flag("--epochs", type=count, default=5, help="the baseline's passes over a rollout")
-    flag("--minibatch-size", type=count, default=256, help="pairs in one update")
+    flag("--minibatch-size", type=size, default=256, help="pairs in one update")
     flag("--bc-updates", type=number(int, 0), default=0, help="steps of cloning alone, at first")
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
@@ -109,7 +109,7 @@ def add_settings(parser, argv):
     ends = "let D judge what follows an end, at a wall or the finish, in place of value 0"
     flag("--absorbing", choices=("yes", "no"), default="yes", help=ends)
     flag("--discriminator-updates", type=count, default=20, help="after each rollout")
-    flag("--discriminator-batch", type=count, default=256, help="pairs of expert and of policy")
+    flag("--discriminator-batch", type=size, default=256, help="pairs of expert and of policy")
     flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
@@ -576,7 +576,7 @@ def write(path, content):
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
     else:
-        torch.save(content, file) if path.suffix == ".pt" else content.savefig(file)
+        torch.save(content, file) if path.suffix == ".pt" else content.savefig(file, format="png")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder, path.name)
         whole.write_bytes(file.getbuffer())
@@ -618,11 +618,11 @@ def sizes(env_id):
             fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (first, _), (second, reward, _, _, info) = env.reset(seed=0), env.step(taken.sample())
+        (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
-        np.array([reward, info.get("is_success")], float)  # raises, unless each is a number or None
+        np.array([*scalars, info.get("is_success")], float)  # raises unless all are numbers or None
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
@@ -691,6 +691,14 @@ def seed_others(number):
     np.random.seed(number)
 
 
+def begin(env, seed):
+    """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
+    seed_others(seed)
+    for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+        space.seed(seed)
+    return env.reset(seed=seed)
+
+
 def take(env, action):
     """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
     the box: float32 may have rounded the bounds."""
@@ -711,8 +719,7 @@ def play(act, args, final=False, filmed=None):
         running, steps = list(range(at_once)), [[] for _ in envs]
         seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
         for i, env in enumerate(envs):
-            env.action_space.seed(first + len(played) + i)
-            seen[i], _ = env.reset(seed=first + len(played) + i)
+            seen[i], _ = begin(env, first + len(played) + i)
         while running:
             rows = seen[running]
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
@@ -762,9 +769,9 @@ def occupancy_distances(held_out, samples):
             actions = actions[:, None].long() == torch.cat(taken).unique()
         rows = np.random.default_rng(0).permutation(len(actions))[:2_000]
         pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
-    expert = pairs.pop("held out")
-    unit = expert.std(0).where(expert.std(0) > 0, 1.0)
-    found = {name: squared_energy_distance(x / unit, expert / unit) for name, x in pairs.items()}
+    unit, centre = torch.std_mean(pairs["held out"], 0)  # centred: cdist rounds large numbers
+    expert, *others = ((x - centre) / unit.where(unit > 0, 1.0) for x in pairs.values())
+    found = {x: squared_energy_distance(y, expert) for x, y in zip(samples, others)}
     return {name: distance / found["random"] for name, distance in found.items()}
 
 
@@ -813,12 +820,14 @@ class Run:
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
+        check(torch.get_default_dtype() == torch.float32, "torch's default dtype is not float32")
         self.sizes = sizes(args.env_id)
         self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
         parts = tensors(self.episodes), tensors(self.held_out)
         columns = [x for part in parts for x in part[:2] + part[3:4]]  # neither rewards nor success
         digest = sha256(b"".join(x.numpy().tobytes() for x in columns)).hexdigest()
         self.demos = {"episodes": len(self.episodes), "pairs": len(columns[0]), "sha256": digest}
+        self.demos |= self.sizes  # a run is not resumed if its task has changed
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
         self.steps, self.curve = 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
@@ -842,8 +851,9 @@ class Run:
                     setattr(self, name, type(getattr(self, name))(state[name]))
                 torch.set_rng_state(state["rng"])
         else:
-            check(not self.folder.exists(), f"{self.folder}: exists, expected a new folder")
-            self.folder.mkdir(parents=True)
+            with explained(self.folder):
+                check(not self.folder.exists(), "exists, expected a new folder")
+                self.folder.mkdir(parents=True)
         Run.active, Run.stopped_by = self, 0  # from now on a signal waits
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
@@ -930,12 +940,13 @@ def evaluate_file(args):
         check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
         args.env_id = env_id
     torch.manual_seed(args.seed)
-    seed_others(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
     say(f"task    {args.env_id}")
     acts = {"greedy": policy.act, "sampled": lambda rows: policy.act(rows, True)}
     with explained(f"{args.evaluate} on {args.env_id} (or --env-id MODULE:{env_id})"):
+        other = [x for x in sizes(args.env_id).items() if policy.settings.get(*x) != x[1]]
+        check(not other, f"not the task that it was trained on: {other}")
         results = {name: score(name, play(act, args, final=True)) for name, act in acts.items()}
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
     python experts/train.py Pendulum-v1 --expert pendulum.pt   the policy itself, to be queried
     python experts/train.py --resume runs/FOLDER            go on with a run, or record it anew
     python experts/train.py --pick 260 285 --out runs/FOLDER --expert weak.pt
+    python experts/train.py --record weak.pt --demos weak.npz    demonstrations of a .pt
 
 At every evaluation the greedy policy plays; the one with the best mean return is the expert. It is
 checked on 100 fresh episodes, and the first of them are recorded as the policy saw them: raw
@@ -448,9 +449,21 @@ def pick(args):
     raise Failed(f"--pick: none of {len(files)} policies in {args.out} lies between these")
 
 
+def record(args):
+    """Demonstrations of an expert that this program or convert.py wrote, as a .pt."""
+    policy, trained_on, source = load_policy(args.record)
+    env_id = args.env_id or trained_on  # a file names no module
+    check(env_id.split(":")[-1] == trained_on, f"{args.record}: for {trained_on}, not {env_id}")
+    played = play(policy, env_id, max(CHECKED, args.episodes), SCORE_SEEDS)
+    about = {"env_id": trained_on, "expert": f"{args.record.name}, greedy", "source": source}
+    about |= {"score": statistics(played)}
+    say(describe(about["score"]))
+    write_demonstrations(args.demos, played[: args.episodes], about)
+
+
 # --- the command line -----------------------------------------------------------------------------
 
-NOT_KEPT = ("out", "resume", "demos", "expert", "pick", "at_least")  # by a checkpoint
+NOT_KEPT = ("out", "resume", "demos", "expert", "pick", "record", "at_least")  # by a checkpoint
 
 
 def parse_args(argv=None):
@@ -472,6 +485,7 @@ def parse_args(argv=None):
     flag("--out", type=Path, help="run folder (default: runs/expert__ENV_ID__ALGORITHM__SEED)")
     flag("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
     flag("--pick", type=float, nargs=2, metavar=("LOW", "HIGH"), help="by mean return, from --out")
+    flag("--record", type=Path, metavar="FILE", help="write --demos of this .pt; train nothing")
     args = parser.parse_args(argv)
     if args.resume:
         (saved,) = read(args.resume / "checkpoint.pt", "args")
@@ -483,7 +497,9 @@ def parse_args(argv=None):
             same = getattr(args, name) == saved[name]
             check(same, f"--resume: found {name} {getattr(args, name)}, expected {saved[name]}")
     check(args.out or not args.pick, "--pick: expected --out FOLDER as well")
-    if not args.pick:
+    check(args.demos or not args.record, "--record: expected --demos FILE as well")
+    check(args.episodes > 0, f"--episodes: found {args.episodes}, expected 1 or more")
+    if not args.pick and not args.record:
         complete(args)
     for path in filter(None, (args.demos, args.expert)):
         check(not path.exists(), f"{path}: exists already, expected a new file")
@@ -519,7 +535,7 @@ def complete(args):
     args.total_steps = total if args.total_steps is None else args.total_steps
     if args.eval_every is None:
         args.eval_every = max(1, args.total_steps // 20)
-    for flag in ("total_steps", "eval_every", "eval_episodes", "episodes"):
+    for flag in ("total_steps", "eval_every", "eval_episodes"):
         given = getattr(args, flag)
         check(given > 0, f"--{flag.replace('_', '-')}: found {given}, expected 1 or more")
     check(args.seed >= 0, f"--seed: found {args.seed}, expected 0 or more")
@@ -543,14 +559,14 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         torch.set_num_threads(1)
-        pick(args) if args.pick else make(args)
+        (pick if args.pick else record if args.record else make)(args)
         return 0
     except (BadInput, Failed, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt as stopped:
         words = sys.argv[1:] if argv is None else argv
-        if args and not args.pick:
+        if args and not args.pick and not args.record:
             words = [f"--resume={args.out}"]
             for name in ("demos", "expert", "at_least"):  # what a checkpoint does not keep
                 given = getattr(args, name) not in (None, -np.inf)

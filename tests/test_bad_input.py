@@ -157,6 +157,19 @@ def test_an_expert_of_another_task(tmp_path, refused):
         refused(AGGREVATED, argv, tmp_path / "expert.pt")
 
 
+@pytest.mark.parametrize("case", [BC, PPO, OFFLINE, AGGREVATED], ids=lambda case: case.script)
+def test_a_task_whose_actions_have_changed(case, tmp_path, refused):
+    before = {"low": [-2.0, 0.0]} if case.queries else {"low": 0, "high": 2}
+    saved = torch.load(case.finished / "policy.pt", weights_only=True)
+    torch.save({**saved, "settings": saved["settings"] | before}, tmp_path / "policy.pt")
+    refused(case, ["--evaluate", tmp_path / "policy.pt"], "policy.pt", "not the task")
+    if not case.queries:
+        run = shutil.copytree(case.finished, tmp_path / "run")
+        saved = torch.load(run / "checkpoint.pt", weights_only=True)
+        torch.save({**saved, "demos": saved["demos"] | before}, run / "checkpoint.pt")
+        refused(case, ["--resume", run], run, "has changed")
+
+
 @pytest.mark.parametrize("case", SCRIPTS, ids=lambda case: case.script)
 @pytest.mark.parametrize(
     "flag",
@@ -179,7 +192,7 @@ def test_flags(case, flag, tmp_path, refused, monkeypatch):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "x", "1e999"])
 def test_numbers(value, tmp_path, refused):
-    for flag in ("policy-lr", "gamma", "entropy", "clip", "gradient-penalty", "num-steps"):
+    for flag in ("policy-lr", "gamma", "entropy", "clip", "minibatch-size", "num-steps"):
         refused(PPO, PPO.argv("--out", tmp_path / "new", f"--{flag}={value}"), f"--{flag}")
 
 

@@ -72,8 +72,14 @@ def test_a_policy_is_picked_on_its_own_task(run):
     assert run("toys:Rounding-v0", *pick) == (0, "")
     first, picked = (torch.load(name, weights_only=True) for name in ("a.pt", "b.pt"))
     assert picked["env_id"] == "Rounding-v0" and picked["settings"] == first["settings"]
-    status, line = run("Pendulum-v1", "--pick", "-1000", "1000", "--out", "run")
-    assert status == 2 and "for Rounding-v0, not Pendulum-v1" in line
+    record = ("--record", "b.pt", "--episodes", "3", "--demos", "b.npz")
+    for words in (("--pick", "-1000", "1000", "--out", "run"), record):
+        status, line = run("Pendulum-v1", *words)
+        assert status == 2 and "for Rounding-v0, not Pendulum-v1" in line
+    assert run("toys:Rounding-v0", *record) == (0, "")
+    demos, (policy, *_) = np.load("b.npz"), train.load_policy("b.pt")
+    assert np.array_equal([policy.act(o) for o in demos["observations"]], demos["actions"])
+    assert demos["episode_starts"].sum() == 3
 
 
 def test_a_weak_expert_is_refused_and_nothing_is_written(run, tmp_path):

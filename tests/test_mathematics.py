@@ -363,6 +363,7 @@ def test_occupancy_distances_by_their_definition():
 
     def episodes(shift, many=2):
         seen = rng.normal(shift, [1, 9, 0.1, 0], (many, 8, 4)).astype(np.float32)
+        seen[..., 3] += 2**20  # large, and constant
         last = 4 if shift < 2 else 3  # the random policy never took the last action
         return [gail.Episode(x, rng.integers(1, last, 8), *np.zeros((3, 8))) for x in seen]
 

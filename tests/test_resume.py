@@ -87,6 +87,15 @@ def test_with_a_higher_budget_it_goes_on_and_with_a_lower_one_it_ends(case, tmp_
     assert read_json(folder / "summary.json")["steps"] == 3 * case.every
 
 
+def test_what_a_reset_draws_unseen_is_drawn_again(tmp_path):
+    """From its spaces, or from generators that are not its own."""
+    case = PPO.on("Hidden-v0")
+    whole = case.run(tmp_path / "a")
+    assert same(case.run(tmp_path / "b"), whole)
+    case.run(tmp_path / "c", iterations=1)
+    assert same(case.resume(tmp_path / "c"), whole)
+
+
 @pytest.mark.parametrize("case", [BC, AGGREVATED], ids=str)
 def test_on_a_machine_without_its_device(case, tmp_path, refused):
     folder = shutil.copytree(case.finished, tmp_path / "run")

@@ -24,7 +24,8 @@ SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array fo
 
 class Toy(gym.Env):
     observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
-    success = last = careless = None
+    success = last = careless = hidden = None
+    ended = bool
 
     def __init__(self, box=False, remembers=False, start=1, **others):
         self.start, self.action_space = start, Discrete(3, start=start, **KIND)
@@ -38,6 +39,8 @@ class Toy(gym.Env):
         super().reset(seed=seed)
         self.resets, self.over, self.steps = self.resets + 1, False, 0
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * (self.resets - 1) * self.remembers
+        if self.hidden:  # how long its episode is, nobody sees
+            self.hidden = 4 + np.random.randint(4) + (self.observation_space.sample()[0] > 0)
         return self.observe(), {"x": self.x}
 
     def observe(self, push=0.0):
@@ -49,16 +52,15 @@ class Toy(gym.Env):
         push = float(action[0] + action[1] - 1 if self.box else int(action) - self.start - 1)
         noise = self.np_random.normal(0, 0.05)
         if self.careless:
-            noise = (
-                np.random.normal(0, 0.03) + random.gauss(0, 0.03) + 0.03 * torch.randn(()).item()
-            )
+            drawn = np.random.normal(), random.gauss(), torch.randn(()).item()
+            noise = 0.03 * sum(drawn) + 0.01 * np.sum(self.action_space.sample())
         self.x += 0.3 * push + noise
         if self.box:
             action *= 0
         info = {"x": self.x, "episode": None, "is_success": self.success}
         info |= {"touches": np.zeros(self.resets % 3), "kind": None if self.resets % 2 else 1}
-        self.over = bool(abs(self.x) > 1)
         self.steps += 1
+        self.over = self.ended(abs(self.x) > 1 or self.steps == self.hidden)
         if self.last is not None and (self.over or self.steps == 12):
             info["is_success"] = self.last
         return self.observe(push), self.pays - abs(self.x), self.over, False, info
@@ -112,6 +114,7 @@ REFUSED = {
     "NaN-v0": {"remembers": np.nan, "box": True},
     "Pay-v0": {"pays": np.ones(1), "box": True},
     "Success-v0": {"success": "yes", "box": True},
+    "Array-v0": {"ended": lambda over: np.array([over]), "box": True},
 }
 TOYS = {"Toy-v0": {}, "ToyBox-v0": {"box": True}, "Remembering-v0": {"remembers": True}}
 TOYS["RememberingBox-v0"] = {"box": True, "remembers": True}
@@ -121,6 +124,7 @@ TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
 TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
 TOYS["CarelessBox-v0"] = {"box": True, "careless": True}
 TOYS["Careless-v0"] = {"careless": True}  # it draws from generators that are not its own
+TOYS["Hidden-v0"] = {"hidden": True}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
