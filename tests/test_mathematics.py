@@ -361,9 +361,9 @@ def energy(x, y):
 def test_occupancy_distances_by_their_definition():
     rng = np.random.default_rng(0)
 
-    def episodes(shift, many=2):
+    def episodes(shift, many=4):
         seen = rng.normal(shift, [1, 9, 0.1, 0], (many, 8, 4)).astype(np.float32)
-        seen[..., 3] += 2**20  # large, and constant
+        seen[..., 3] += 2**30  # large, and constant
         last = 4 if shift < 2 else 3  # the random policy never took the last action
         return [gail.Episode(x, rng.integers(1, last, 8), *np.zeros((3, 8))) for x in seen]
 
@@ -371,7 +371,7 @@ def test_occupancy_distances_by_their_definition():
         seen, taken = (np.concatenate([e[k] for e in played]) for k in (0, 1))
         return np.concatenate([seen, np.eye(3)[taken - 1]], 1)
 
-    held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5, many=3)}
+    held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5, many=5)}
     unit = pairs(held_out).std(0, ddof=1)
     unit[unit == 0] = 1  # what never varies keeps its own units
     exact = {k: energy(pairs(v) / unit, pairs(held_out) / unit) for k, v in samples.items()}
