@@ -456,7 +456,7 @@ def record(args):
     check(env_id.split(":")[-1] == trained_on, f"{args.record}: for {trained_on}, not {env_id}")
     played = play(policy, env_id, max(CHECKED, args.episodes), SCORE_SEEDS)
     about = {"env_id": trained_on, "expert": f"{args.record.name}, greedy", "source": source}
-    about |= {"score": statistics(played)}
+    about |= {"score": statistics(played), "seed": SCORE_SEEDS}  # of the first episode
     say(describe(about["score"]))
     write_demonstrations(args.demos, played[: args.episodes], about)
 
