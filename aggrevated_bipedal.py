@@ -3,7 +3,7 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end, as in AggreVaTe: data on what follows its takeover,
+       there the expert walks to the end (AggreVaTe, Ross & Bagnell 2014): data for step 2,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
@@ -22,7 +22,7 @@ Deviations from the paper: (1) the gradient goes through Q* (reparameterised), n
 function; an iteration takes many Adam steps; (2) the learner is held near the expert's action, and
 A* is weighted by 1 - alpha: little while Q* is young; (3) Q* is bootstrapped, at a time limit too,
 discounted, without a time index; A* is two networks' mean minus --caution times their spread; (4)
-one coin a trajectory decides who starts it; actions are the mean plus correlated noise; (5) all
+one coin a trajectory decides who starts it; actions are greedy plus correlated noise; (5) all
 states so far train the learner, also the expert's.
 """
 
@@ -72,20 +72,19 @@ from tqdm import tqdm
 
 SCRIPT = "aggrevated_bipedal"
 MIXING = 5  # iterations in which alpha, the expert's share of roll-ins, falls from 1 to 0
-STD = 0.1  # of the learner's action in its loss, before tanh: averages Q* around its mean
+STD = 0.1  # of a sampled action before tanh; the loss so averages Q* around the learner's mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes: falls are rare, so a few do not show which is the best
+VALIDATION = 10  # times --eval-episodes walks validate a policy: fewer would miss rare falls
 TARGET_DECAY = 0.95  # of the critics' moving average, which gives targets; with 0.99 it lags
 LEAST_DEVIATION = 0.1  # when standardising: nothing is scaled up more than tenfold
 LONGEST = 10_000  # steps of an episode: without a time limit, a task may never end
-HARDCORE = {"expert": "good", "total_steps": 12, "num_envs": 80, "noise": 0.3}
-HARDCORE |= {"critic_hidden": 256, "critic_updates": 4_000, "policy_updates": 5_000}
-HARDCORE |= {"hidden": 512, "caution": 0.5, "anchor": 8.0}  # this course is harder to fit
+HARDCORE = dict(expert="good", total_steps=12, num_envs=80, noise=0.3, caution=0.5, anchor=8.0)
+HARDCORE |= dict(hidden=512, critic_hidden=256, critic_updates=4_000, policy_updates=5_000)
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags; number (in the harness) bounds a value, ends included."""
+    """Flags, after the harness's own; its number(type, least, most) bounds a value."""
     parser.set_defaults(env_id="BipedalWalker-v3", eval_every=4, algorithm="aggrevated")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", metavar="NAME", default="weak", help="weak, good, half (experts/); or a .pt")
@@ -93,7 +92,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    flag("--switch", type=number(int, 1), default=1_000, help="latest takeover: episodes' length")
+    flag("--switch", type=number(int, 1), default=1_000, help="takeover comes before this step")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
@@ -129,14 +128,14 @@ class Standardised(nn.Module):
 
     def measure(self, sample):
         self.mean.copy_(sample.mean(0))
-        self.deviation.copy_(sample.std(0, len(sample) > 1).clamp(min=LEAST_DEVIATION))
+        self.deviation.copy_(sample.std(0, unbiased=len(sample) > 1).clamp(LEAST_DEVIATION))
 
     def forward(self, inputs):
         return self.network((inputs - self.mean) / self.deviation)
 
 
 class Policy(Standardised):
-    """Learner or expert: observations (..., inputs) -> means (..., size) of actions before tanh.
+    """Learner or expert: observations (..., inputs) -> means (..., outputs) before tanh.
     Its actions lie in [-1, 1]; to_env scales them to the environment's box, `low` to `high`."""
 
     def __init__(self, sizes, activation, low, high):
@@ -155,7 +154,7 @@ class Policy(Standardised):
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, size)."""
+        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, outputs)."""
         seen = torch.tensor(np.array(observations, np.float32, order="C"), device=self.low.device)
         return self.to_env(self.sample(seen) if sample else self.greedy(seen))
 
@@ -187,9 +186,8 @@ def fitted_q_loss(critics, target, batch, gamma):
     Fitted Q evaluation (Le et al. 2019, algorithm 3). The next action is the expert's even where
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
-        following = target(batch["next_observations"], batch["next_expert_actions"])
-        following = torch.where(batch["fell"], 0.0, following)  # even if it is NaN
-        targets = batch["rewards"] + gamma * following  # (networks, batch)
+        following = target(batch["next_observations"], batch["next_expert_actions"])  # (2, batch)
+        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)  # NaN, too
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
@@ -198,25 +196,25 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
 
     With a weight of 0 it is DAgger's (Ross et al. 2011). The expert is deterministic, so V*(s) is
     Q*(s, its action). DEVIATIONS (1) to (3): the gradient goes through Q*, and the anchor holds the
-    learner near the actions that Q* was fitted to. Both (batch, ...) -> ()"""
+    learner near the data of Q*. states, expert_actions: (batch, ...) -> ()"""
     distances = (policy.greedy(states) - expert_actions).square().sum(-1)
     if not weight:
         return args.anchor * distances.mean()
     difference = critics(states, policy.sample(states)) - critics(states, expert_actions)
-    spread = (difference.var(0) + 1e-6).sqrt()  # sqrt(0) has gradient NaN: two equal actions
+    spread = (difference.var(0) + 1e-6).sqrt()  # equal actions: sqrt(0)'s gradient is NaN
     advantages = difference.mean(0) - args.caution * spread
     return (args.anchor * distances - weight * advantages).mean()
 
 
-# --- roll-in --------------------------------------------------------------------------------------
+# --- roll-in (from the harness: EVALUATION_SEEDS; begin and take, which are reset and step) -------
 
 
 @torch.no_grad()
 def roll_in(policy, expert, alpha, args):
-    """--num-envs trajectories, one after the other: columns (steps, ...).
+    """--num-envs trajectories, one after the other -> a dict of columns, (steps, ...) each.
 
     Each is begun by the expert (with probability alpha) or the learner, with noise; from a random
-    step on, below --switch, the expert walks alone. DAgger: without noise and takeover."""
+    step below --switch on, the expert walks, without noise. DAgger: no noise, no takeover."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
     dagger, frames = args.algorithm == "dagger", []
     for seed in range(first, first + args.num_envs):
@@ -224,7 +222,7 @@ def roll_in(policy, expert, alpha, args):
         switch = math.inf if dagger else int(torch.randint(args.switch, ()))
         scale = 0.0 if dagger else args.noise * torch.rand(())
         noise = torch.randn(len(policy.low))
-        env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D remembers
+        env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D keeps state over resets
         (observation, _), over, step = begin(env, seed), False, 0
         while not over:
             seen = torch.tensor(observation, dtype=torch.float32, device=args.device)  # a copy
@@ -241,14 +239,14 @@ def roll_in(policy, expert, alpha, args):
         env.close()
     names = ("observations", "actions", "rewards", "fell", "next_observations")
     batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}
-    for when in ("", "next_"):
-        states = batch[f"{when}observations"].to(args.device)
-        batch[f"{when}expert_actions"] = expert.greedy(states).cpu()
+    for x in ("", "next_"):
+        seen = batch[f"{x}observations"].to(args.device)
+        batch[f"{x}expert_actions"] = expert.greedy(seen).cpu()
     return batch
 
 
 class Transitions(dict):
-    """All transitions so far, by column; checkpoints hold them all."""
+    """All transitions so far, by column; checkpoints save it as they save a module."""
 
     state_dict, load_state_dict = dict.copy, dict.update
 
@@ -318,7 +316,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # for its mean and deviation
+            target.module.load_state_dict(critics.state_dict())  # the first targets need these
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1

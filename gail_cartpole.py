@@ -107,7 +107,7 @@ def add_settings(parser, argv):
     after = "pay D's reward, not 0, after a termination; auto: if a demonstration terminates"
     flag("--absorbing", choices=("auto", "yes", "no"), default="auto", help=after)
     flag("--discriminator-updates", type=count, default=20, help="after each rollout")
-    flag("--discriminator-batch", type=size, default=256, help="pairs of expert and of policy")
+    flag("--discriminator-batch", type=size, default=256, help="pairs of each kind, in an update")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     # Off; every step pays 1; D is never trained; the expert's actions are permuted.
@@ -179,7 +179,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # no negative strides
+        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
         observations = torch.from_numpy(observations).to(self.low.device)
         if sample:
             return self.to_env(self(observations).sample())
@@ -478,7 +478,7 @@ def diagnose(scalars, args, terminating):
     if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
         return "the expert's episodes terminate, but this reward pays for going on: --absorbing yes"
     if std < 0.1 * abs(mean):  # all pairs are paid nearly alike
-        return "the reward is nearly constant: it teaches how long to last, and little else"
+        return "the reward is nearly constant: it hardly tells one action from another"
     if min(accuracies) > 0.99:  # with gail, the policy's rewards are all near 0
         return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""

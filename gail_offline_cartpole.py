@@ -136,7 +136,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n,)"""
-        observations = np.array(observations, np.float32, order="C")  # no negative strides
+        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
         distribution = self(torch.from_numpy(observations).to(self.standardise.mean.device))
         actions = distribution.sample() if sample else distribution.mode
         return actions.cpu().numpy() + self.settings["low"]

@@ -11,8 +11,8 @@ Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
     python gail_racecar_ppo.py                          the default run: a few minutes
     python gail_racecar_ppo.py --resume runs/FOLDER     go on where a run stopped
 
-Needs racecar_env.py in the same folder. By the end of the default run, expect nearly every lap to
-reach the finish; docs/gail_racecar_ppo.md has the results, and the reasons for the choices below.
+Needs racecar_env.py and experts/RaceCar-v0.npz beside it. By the end of the default run, expect
+nearly every lap to reach the finish; docs/gail_racecar_ppo.md has results and reasons.
 
 Deviations from the paper: (1) PPO in place of TRPO; (2) a gradient penalty on D, in UNITS below,
 and forty D updates per rollout; (3) two absorbing states, one after the finish and one after a
@@ -69,7 +69,8 @@ from tqdm import tqdm
 
 from racecar_env import FINISH, FINISH_RADIUS
 
-# The harness, below, has number, check, Failed, EVALUATION_SEEDS, take, tensors and Run.
+# From the harness, below: number (a flag's type), check, take (a step), tensors (columns of
+# episodes), Run (files, seeds, checkpoints), EVALUATION_SEEDS (training's are below), Failed.
 
 SCRIPT = "gail_racecar_ppo"
 SIDE_BY_SIDE = 5  # environments in an evaluation; a world takes 36 MB
@@ -77,13 +78,13 @@ CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy upda
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 rollouts
-METRE = 0.5  # what the networks see of one metre; with much less, corners blur
-# D's units of what make_pairs lists: place, velocity, sine and cosine, steering angles and rates,
-# action, flag. The gradient penalty lets one unit change the logit by about 1.
+METRE = 0.5  # of one metre, for policy and critic; with much less, corners blur
+# D's units, two each: place, velocity, sine and cosine, steering angles, steering rates, action;
+# the flag. The gradient penalty lets one unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
-# constant-reward: 1 for every step; frozen-discriminator: D is never trained; shuffled-expert: the
-# expert's actions are permuted, for cloning as well.
+# constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained; the
+# last: the expert's actions are permuted, for cloning as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -93,7 +94,7 @@ def add_settings(parser, argv):
     count, size, real = number(int, 1), number(int, 1, 10**6), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=count, default=300_000, help="environment steps, in all")
-    flag("--schedule", type=count, help="steps in which the deviation and two step sizes fall")
+    flag("--schedule", type=count, help="steps while std, policy's and D's step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=256, help="of each, in one rollout")
     flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at the start")
@@ -109,14 +110,14 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("discriminator").add_argument
     forms = "-log(1-D), log D - log(1-D), or log D"
     flag("--reward", choices=("gail", "airl", "logd"), default="gail", help=forms)
-    ends = "let D judge what follows an end, at a wall or the finish, in place of value 0"
+    ends = "let D value what follows a wall or the finish; no: its value is 0"
     flag("--absorbing", choices=("yes", "no"), default="yes", help=ends)
     flag("--discriminator-updates", type=count, default=40, help="after each rollout")
-    flag("--discriminator-batch", type=size, default=256, help="pairs of expert and of policy")
+    flag("--discriminator-batch", type=size, default=256, help="pairs of each kind, in an update")
     flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="for comparison; add --bc-weight 0")
-    # Without --schedule it is the budget; a resumed run keeps the one that it had.
+    # By default --schedule is --total-steps; a resumed run keeps the one that it had.
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -139,16 +140,16 @@ def mlp(inputs, hidden, outputs):
 
 @torch.no_grad()
 def spread(layer, inputs):
-    """Choose a first layer's biases so that each tanh is centred on one of the inputs: (rows, in).
+    """Set a first layer's biases so that each tanh is 0 at a random one of the inputs: (rows, in).
 
-    PyTorch's own biases centre them near the track's origin; far from there, a network is flat."""
+    PyTorch's own put these zeros near the track's origin; far from there, a network is flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
 
 class Policy(nn.Module):
     """Observations (..., 9) -> a Gaussian over steering and throttle, (..., 2), both scaled to
-    [-1, 1]. So a new policy, with means near 0, drives straight at half throttle and explores."""
+    [-1, 1]. So a new policy, with means around 0, drives about straight at half throttle."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -159,14 +160,13 @@ class Policy(nn.Module):
         self.register_buffer("high", torch.tensor(HIGH), persistent=False)
 
     def forward(self, observations):
-        mean = self.network(observations)
-        std = self.std.expand_as(mean)
-        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
+        normal = Normal(self.network(observations), self.std, validate_args=False)
+        return Independent(normal, 1, validate_args=False)
 
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, 9) -> (n, 2)"""
-        observations = np.array(observations, np.float32, order="C")  # no negative strides
+        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
         distribution = self(torch.from_numpy(observations).to(self.std.device))
         return self.to_env(distribution.sample() if sample else distribution.mean)
 
@@ -191,14 +191,13 @@ class Discriminator(nn.Module):
         return self.network(pairs).squeeze(-1)
 
     def make_pairs(self, observations, actions):
-        """What D sees: the features, the action as it is executed, and 0 for "not absorbing", in
-        units of its own. (..., 9), (..., 2) -> (..., 13)"""
-        actions = actions.clamp(-1, 1)
-        flag = torch.zeros_like(actions[..., :1])
-        return torch.cat([self.features(observations), actions, flag], -1) / self.units
+        """What D sees: the features, the action, clipped, and 0 for "not absorbing"; in UNITS.
+        (..., 9), (..., 2) -> (..., 13)"""
+        pairs = torch.cat([self.features(observations), actions.clamp(-1, 1)], -1)
+        return F.pad(pairs, (0, 1)) / self.units
 
     def absorbing_pairs(self, finished):
-        """What follows an end for ever: zeros and a flag, finish 1, wall -1: (...) -> (..., 13).
+        """What follows a termination: zeros and a flag, finish 1, wall -1: (...) -> (..., 13).
 
         DEVIATION (3): DAC (Kostrikov et al. 2019) has one absorbing state. The expert's laps end,
         too, so with only one, crashing would look like finishing."""
@@ -206,7 +205,7 @@ class Discriminator(nn.Module):
         return F.pad(flag, (12, 0)) / self.units
 
     def add_absorbing_pairs(self, pairs, finished, gamma):
-        """Append 1 / (1 - gamma) pairs for each end: (n, 13), (ends,) bool -> (more, 13).
+        """Append 1 / (1 - gamma) pairs for each termination: (n, 13), (ends,) bool -> (more, 13).
 
         An absorbing state lasts for ever. Discounted, that is as much as 1 + gamma + gamma^2 + ...
         = 1 / (1 - gamma) steps: so many times D sees it."""
@@ -229,7 +228,7 @@ def discriminator_loss(expert_logits, policy_logits):
 
 
 def gradient_penalty(discriminator, expert_pairs, policy_pairs):
-    """max(0, |logit gradient| - 1)^2 between expert and policy pairs: -> ().
+    """Mean of max(0, |logit gradient| - 1)^2 at mixed pairs: -> ().
 
     The one-sided penalty of Petzka et al. 2018, https://arxiv.org/abs/1709.08894."""
     mix = torch.rand(len(expert_pairs), 1, device=expert_pairs.device)
@@ -364,9 +363,10 @@ def update_policy(policy, critic, optimizer, columns, expert, args):
     """Step 4: PPO on minibatches of the rollout; returns what to log.
 
     `columns`: observations, actions, advantages and returns; `expert`: observations and actions.
-    DEVIATION (7): cloning's loss is added (as in Jena et al. 2020). Its pull, 1 / std^2, grows
-    faster than PPO's, 1 / std, as the std falls. By GAIL alone a policy finds the expert's actions
-    by trial and error; by cloning alone it errs where the expert never was."""
+    DEVIATION (7): a cloning loss is added (as in Jena et al. 2020). As the std falls, its pull
+    grows as 1 / std^2, PPO's as 1 / std: the policy's own actions lie within a std or so of its
+    mean. By GAIL alone a policy finds the expert's actions by trial and error; by cloning alone it
+    errs where the expert never was."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
@@ -392,13 +392,13 @@ def update_policy(policy, critic, optimizer, columns, expert, args):
 
 
 def diagnose(scalars):
-    """What to advise if the run is not solved, from the scalars at its last evaluation.
+    """Advice for a run that is not solved, from the scalars at its last evaluation.
 
-    A reward whose deviation is below a tenth of its mean ranks all actions nearly alike. If D is
-    right about 99 of 100 pairs of both kinds, its rewards hardly differ among the policy's."""
+    A reward whose deviation is below a tenth of its mean pays all pairs nearly alike. If D is right
+    about 99 of 100 pairs of both kinds, the policy's rewards by `gail` are all near 0."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if std < 0.1 * abs(mean):
-        return "the reward is nearly constant: it teaches how long to last, and little else"
+        return "the reward is nearly constant: it hardly tells one action from another"
     if min(scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")) > 0.99:
         return "the discriminator tells all pairs apart: more --gradient-penalty or --bc-weight"
     return ""
@@ -408,12 +408,12 @@ def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     known = args.env_id.split(":")[-1] == "RaceCar-v0"
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
-    run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
+    run = Run(args)  # reads the demonstrations and seeds torch; run.steps is 0
     # All demonstrations, (pairs, ...) each; ends: 1 at a pair that terminates an episode, else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(args.hidden).to(args.device)
     expert_actions = policy.from_env(expert_actions)
-    layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # drops the 1
+    layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # (..., n, 1) -> (..., n)
     critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., n, 9) -> (..., n)
     discriminator = Discriminator(args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}]
@@ -433,12 +433,12 @@ def train(args):
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = ends[ends > 0].bool()  # all True: a lap that ends is taken to end at the finish
+        laps = ends[ends > 0].bool()  # all True: a demonstrated end counts as a finish
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, laps, args.gamma)
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
-    run.start(**parts)  # what a checkpoint holds; --resume: loads them, and run.steps
+    run.start(**parts)  # a checkpoint holds them; --resume loads them, and run.steps
     for _ in range(args.bc_updates if run.steps == 0 else 0):
         descend(optimizer, behavioural_cloning_loss(policy, *minibatch(CLONING_BATCH, *expert)))
 
@@ -462,7 +462,7 @@ def train(args):
         # 2. Train the discriminator.
         scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
-        # 3. Reward each pair, and from that its advantage. The absorbing states pay for ever.
+        # 3. Reward the pairs and compute advantages. Both absorbing states last for ever.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
