@@ -16,8 +16,8 @@ Algorithm 1) repeats:
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
 --bc-weight 0` ignores what the expert does, and balances as well. `occupancy_distance` in
-summary.json tells the two apart: 0 matches the expert, 1 is as far off as a random policy.
-docs/gail_cartpole.md has the results.
+summary.json, between a policy's pairs and the expert's, tells the two apart: 0 matches the expert,
+1 is as far off as a random policy. docs/gail_cartpole.md has the results.
 
 Deviations from the paper, by their numbers in the code: (1) PPO, with a limit on the KL divergence,
 or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout;
@@ -76,6 +76,7 @@ from tqdm import tqdm
 
 SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
+CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one update
 LEAST_STD = 0.1  # of a Gaussian: the gradient of log pi grows as 1 / std
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in `average`: DEVIATION (5)
 
@@ -443,7 +444,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         # DEVIATION (4). A Gaussian's entropy has no bound: its samples would leave the box.
         total = loss - args.entropy * new.entropy().mean() if policy.discrete else loss
         if bc_weight:
-            drawn = torch.randint(len(expert[0]), (64,))
+            drawn = torch.randint(len(expert[0]), (CLONING_BATCH,))
             pairs = [column[drawn] for column in expert]
             total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
         return loss, total
@@ -487,7 +488,7 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # (pairs, ...) each. ends: 0, or above where an episode terminates (see add_absorbing_pairs).
+    # (pairs, ...) each; _: rewards, success. ends: above 0 at terminations: add_absorbing_pairs.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
