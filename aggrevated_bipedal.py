@@ -102,7 +102,7 @@ def add_settings(parser, argv):
     anchor = "pull towards the expert's action; rewards k times as large need k times this"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
-        parser.set_defaults(**HARDCORE)
+        parser.set_defaults(**HARDCORE)  # this course is harder to fit
 
 
 def is_fall(env_id, reward, terminated):
@@ -110,7 +110,8 @@ def is_fall(env_id, reward, terminated):
 
     In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
     course: that is treated as a time limit, as if the walk went on."""
-    return reward <= -100 if "BipedalWalker" in env_id else terminated
+    walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
+    return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -239,9 +240,9 @@ def roll_in(policy, expert, alpha, args):
         env.close()
     names = ("observations", "actions", "rewards", "fell", "next_observations")
     batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}
-    for x in ("", "next_"):
-        seen = batch[f"{x}observations"].to(args.device)
-        batch[f"{x}expert_actions"] = expert.greedy(seen).cpu()
+    for when in ("", "next_"):
+        states = batch[f"{when}observations"].to(args.device)
+        batch[f"{when}expert_actions"] = expert.greedy(states).cpu()
     return batch
 
 
@@ -316,7 +317,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # the first targets need these
+            target.module.load_state_dict(critics.state_dict())  # for its mean and deviation
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1

@@ -573,7 +573,7 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # of REINFORCE only short ones
+        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
             scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
         run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()

@@ -76,13 +76,13 @@ SIDE_BY_SIDE = 5  # environments in an evaluation; a world takes 36 MB
 FINAL_LR = 0.05  # D's step size falls to this share over --schedule, the policy's to its square
 STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
-METRE = 2  # of one metre, for policy and critic; with much less, corners blur
+METRE = 2  # one metre, as policy and critic see it; with much less, corners blur
 # D's units, two each: place, velocity, sine and cosine, steering angles, steering rates, action;
 # the flag. The gradient penalty lets one unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
-# constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained; the
-# last: the expert's actions are permuted, for --bc-updates as well.
+# constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained;
+# shuffled-expert: the expert's actions are permuted, for --bc-updates as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 

@@ -416,7 +416,7 @@ def make(args):
             score = statistics(played[sampled])
             say(f"{'sampled' if sampled else 'greedy'}, fresh episodes: {describe(score)}")
             mean, least = score["return_mean"], args.at_least
-            if not least <= mean < np.inf or mean == -np.inf:
+            if not np.isfinite(mean) or mean < least:
                 raise Failed(f"found an expert's return of {mean:.1f}, expected {least:g} or more")
     about = {**about_run(args), "steps": steps}
     if args.expert:
