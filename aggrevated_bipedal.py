@@ -554,7 +554,7 @@ def draw(summary, path):
     with contextlib.suppress(Exception):  # MPLBACKEND, fonts: faults of the surroundings
         from matplotlib.figure import Figure
 
-        axes = Figure(figsize=(6, 3.6), layout="constrained").subplots()
+        axes = Figure().subplots()
         returns = {point["steps"]: point["return_mean"] for point in summary["curve"]}
         axes.plot(returns.keys(), returns.values(), "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):

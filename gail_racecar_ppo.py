@@ -293,7 +293,8 @@ class Environments:
 
     def advance(self, i, action):
         """Step one environment; returns whether its episode is terminated, and truncated."""
-        self.observations[i], reward, terminated, truncated, _ = take(self.envs[i], action)
+        env = self.envs[i]
+        self.observations[i], reward, terminated, truncated, _ = take(env, env.action_space, action)
         self.actions[i].append(action)
         self.returns[i] += np.float64(reward)  # for the log alone; a reward of None is NaN
         return terminated, truncated
@@ -629,7 +630,7 @@ def sizes(env_id):
             fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
-        (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken.sample())
+        (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken, taken.sample())
         for found in (first, second):
             sound = np.size(found) and np.shape(found) == seen.shape and np.isfinite(found).all()
             check(sound, f"an observation {found}, expected a finite one of {seen}")
@@ -637,7 +638,8 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-# Arrays with a row for each step. is_success: NaN if unknown; terminated: less with --num-pairs.
+# Arrays with a row for each step. is_success: the last is read, NaN if unknown. terminated: less
+# with --num-pairs.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -710,12 +712,11 @@ def begin(env, seed):
     return env.reset(seed=seed)
 
 
-def take(env, action):
+def take(env, space, action):
     """A step. The task gets a copy of the action, as it may write to it, of its own dtype, and in
     the box: float32 may have rounded the bounds."""
-    space = env.action_space
     action = np.array(action, space.dtype)[()]
-    return env.step(action.clip(space.low, space.high) if isinstance(space, Box) else action)
+    return env.step(action.clip(space.low, space.high) if action.ndim else action)
 
 
 def play(act, args, final=False, filmed=None):
@@ -727,22 +728,24 @@ def play(act, args, final=False, filmed=None):
     while len(played) < episodes:
         envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
         longest = envs[0].spec.max_episode_steps or 10_000  # without a limit, a task may never end
-        running, steps = list(range(at_once)), [[] for _ in envs]
-        seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
+        space, shape = envs[0].action_space, envs[0].observation_space.shape
+        running, steps, success = list(range(at_once)), [[] for _ in envs], [math.nan] * at_once
+        seen = np.zeros((at_once, *shape), np.float32)
         for i, env in enumerate(envs):
             seen[i], _ = begin(env, first + len(played) + i)
         while running:
             rows = seen[running]
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
             for i, row, action in zip(tuple(running), rows, actions):
-                seen[i], reward, terminated, truncated, info = take(envs[i], action)
-                success = np.float64(info.get("is_success", math.nan)).item()  # None becomes NaN
-                steps[i].append((row, action, np.float64(reward), terminated, success))
+                seen[i], reward, terminated, truncated, info = take(envs[i], space, action)
+                steps[i].append((row, action, np.float64(reward), terminated))  # of None: NaN
                 if terminated or truncated or len(steps[i]) == longest:
                     running.remove(i)
+                    success[i] = np.float64(info.get("is_success", math.nan)).item()
                     if not filmed:
                         envs[i].close()
-        played += [Episode(*map(np.array, zip(*each))) for each in steps]
+        columns = [map(np.array, zip(*each)) for each in steps]
+        played += [Episode(*each, [last]) for each, last in zip(columns, success)]
     return played[:episodes]
 
 
@@ -809,7 +812,7 @@ def draw(summary, path):
     with contextlib.suppress(Exception):  # MPLBACKEND, fonts: faults of the surroundings
         from matplotlib.figure import Figure
 
-        axes = Figure(figsize=(6, 3.6), layout="constrained").subplots()
+        axes = Figure().subplots()
         returns = {point["steps"]: point["return_mean"] for point in summary["curve"]}
         axes.plot(returns.keys(), returns.values(), "o-", label="learner")
         for name, style in (("expert", "--"), ("random", ":")):
