@@ -475,15 +475,10 @@ def sizes(env_id):
 Episode = namedtuple("Episode", "rewards is_success")
 
 
-def seed_others(number):
-    """A task may draw from these generators; the scripts draw from torch's alone."""
-    seed_python(number)
-    np.random.seed(number)
-
-
 def begin(env, seed):
     """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
-    seed_others(seed)
+    seed_python(seed)
+    np.random.seed(seed)
     for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
         space.seed(seed)
     return env.reset(seed=seed)
@@ -592,7 +587,6 @@ class Run:
         digest = sha256(b"".join([*weights, str(self.expert.settings).encode()])).hexdigest()
         self.demos = {"sha256": digest}  # where the other scripts have demonstrations
         torch.manual_seed(args.seed)
-        seed_others(args.seed)
         self.walks = play(self.expert.act, args, final=True)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
@@ -626,7 +620,6 @@ class Run:
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        seed_others(args.seed + self.steps)  # as record does
         self.clock = time.perf_counter()
 
     def save(self):
@@ -668,7 +661,6 @@ class Run:
         self.bar.update(min(now, args.total_steps) - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
-        seed_others(args.seed + now)
         self.clock = time.perf_counter()  # saving does not count
 
     def finish(self, policy):

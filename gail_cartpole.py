@@ -932,7 +932,6 @@ class Run:
         self.steps, self.curve = 0, []
         torch.set_num_threads(1)  # of small networks they would wait for one another
         torch.manual_seed(args.seed)
-        seed_others(args.seed)
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -962,7 +961,6 @@ class Run:
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
-        seed_others(args.seed + self.steps)  # as record does
         self.clock = time.perf_counter()
 
     def save(self):

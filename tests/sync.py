@@ -23,7 +23,7 @@ BANNER = "# The harness: "
 OWN = {"train", "add_settings", "diagnose", "update_policy", "behavioural_cloning_loss"}
 PER_TASK = {"Policy", "Discriminator", "Environments", "gradient_penalty"}
 ASKING = {"aggrevated_bipedal.py"}
-OWN_HARNESS = {"parse_args", "sizes", "take", "play", "judge", "Run"}
+OWN_HARNESS = {"parse_args", "sizes", "begin", "take", "play", "judge", "Run"}
 OWN_HARNESS |= {"Run.__init__", "Run.record", "Run.finish"}
 
 
