@@ -277,19 +277,23 @@ def share(run):
 
 
 def tasks(names):
-    """A line for each task and number of demonstrations, a column for each experiment: the
-    interquartile mean of the shares with its interval, and the seeds with 95 % and more. For a
-    control, what GAIL has more than it, paired over seeds, in place of both."""
-    lines, columns = {}, {name.split("_")[1]: "" for name in names}
-    gail = [run for name in names if "gail" in name for run in load(name)["runs"]]
-    gail = {(run["variant"], run["seed"]): share(run) for run in gail}
+    """A line for each task and number of demonstrations, a column for each second word of a name,
+    with the runs of all such experiments: the interquartile mean of the shares with its interval,
+    and the seeds with 95 % and more. For a control, what GAIL has more than it, paired over seeds,
+    in place of both."""
+    columns = {}
     for name in names:
-        for (variant,), runs in groups(load(name)["runs"], "variant").items():
+        column = columns.setdefault(name.split("_")[1], {})
+        for run in load(name)["runs"]:
+            column.setdefault(run["variant"], []).append(run)
+    gail = [run for runs in columns.get("gail", {}).values() for run in runs]
+    gail, lines = {(run["variant"], run["seed"]): share(run) for run in gail}, {}
+    for heading, variants in columns.items():
+        for variant, runs in variants.items():
             task, demos = variant.split(", ", 1)
             shares = np.array([share(run) for run in runs])
-            line = {"task": task, "demonstrations": demos, **columns}
+            line = {"task": task, "demonstrations": demos, **dict.fromkeys(columns, "")}
             line = lines.setdefault((task, demos), line)
-            heading = name.split("_")[1]
             if heading in ("frozen", "constant"):
                 more = np.array([gail[variant, run["seed"]] for run in runs]) - shares
                 text = f"{interquartile_mean(shares):.0f}; GAIL {middle_and_interval(more, '+.0f')}"
