@@ -695,10 +695,10 @@ def film(policy, args, folder):
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
-        known = args.env_id in (env_id, parse_args([]).env_id)  # the default
-        check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
+    if args.env_id == parse_args([]).env_id:  # the default
         args.env_id = env_id
+    same = args.env_id.split(":")[-1] == env_id
+    check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)

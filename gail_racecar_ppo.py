@@ -724,15 +724,16 @@ def play(act, args, final=False, filmed=None):
     three in the one that is `filmed`. `act` maps rows of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
     episodes = 3 if filmed else args.eval_episodes * (5 if final else 1)
-    at_once, played = 1 if filmed else min(episodes, SIDE_BY_SIDE), []
+    at_once, played = 1 if filmed else SIDE_BY_SIDE, []
     while len(played) < episodes:
-        envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
+        seeds = range(first + len(played), first + episodes)[:at_once]
+        envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in seeds]
         longest = envs[0].spec.max_episode_steps or 10_000  # without a limit, a task may never end
         space, shape = envs[0].action_space, envs[0].observation_space.shape
-        running, steps, success = list(range(at_once)), [[] for _ in envs], [math.nan] * at_once
-        seen = np.zeros((at_once, *shape), np.float32)
-        for i, env in enumerate(envs):
-            seen[i], _ = begin(env, first + len(played) + i)
+        running, steps = list(range(len(envs))), [[] for _ in envs]
+        seen, success = np.zeros((len(envs), *shape), np.float32), [math.nan] * len(envs)
+        for i, seed in enumerate(seeds):
+            seen[i], _ = begin(envs[i], seed)
         while running:
             rows = seen[running]
             actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
@@ -746,7 +747,7 @@ def play(act, args, final=False, filmed=None):
                         envs[i].close()
         columns = [map(np.array, zip(*each)) for each in steps]
         played += [Episode(*each, [last]) for each, last in zip(columns, success)]
-    return played[:episodes]
+    return played
 
 
 def score(name, episodes, **more):
@@ -775,16 +776,15 @@ def occupancy_distances(held_out, samples):
     if not held_out:
         say(f"no occupancy distance: it needs {HELD_OUT} episodes besides --num-demos")
         return dict.fromkeys(samples)
-    pairs = {}
-    for name, episodes in {"held out": held_out, **samples}.items():
-        observations, actions, *_ = tensors(episodes)
-        if actions.ndim == 1:  # Discrete: one-hot
-            taken = [tensors(x)[1].long() for x in (held_out, *samples.values())]
-            actions = actions[:, None].long() == torch.cat(taken).unique()
-        rows = np.random.default_rng(0).permutation(len(actions))[:2_000]
-        pairs[name] = torch.cat([observations[rows], actions[rows]], -1).double()
-    unit, centre = torch.std_mean(pairs["held out"], 0)  # centred: cdist rounds large numbers
-    expert, *others = ((x - centre) / unit.where(unit > 0, 1.0) for x in pairs.values())
+    groups = [held_out, *samples.values()]
+    observations, actions, *_ = tensors([episode for group in groups for episode in group])
+    if actions.ndim == 1:  # Discrete: one-hot
+        actions = actions[:, None] == actions.unique()
+    pairs = torch.cat([observations, actions], -1).double()
+    pairs = pairs.split([sum(len(episode.actions) for episode in group) for group in groups])
+    few = [x[np.random.default_rng(0).permutation(len(x))[:2_000]] for x in pairs]
+    unit, centre = torch.std_mean(few[0], 0)  # centred: cdist rounds large numbers
+    expert, *others = ((x - centre) / unit.where(unit > 0, 1.0) for x in few)
     found = {x: squared_energy_distance(y, expert) for x, y in zip(samples, others)}
     return {name: distance / found["random"] for name, distance in found.items()}
 
@@ -947,10 +947,10 @@ def film(policy, args, folder):
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    if not args.env_id.endswith(f":{env_id}"):  # where --env-id names the module, too
-        known = args.env_id in (env_id, parse_args([]).env_id)  # the default
-        check(known, f"{args.evaluate}: for {env_id}, not {args.env_id}")
+    if args.env_id == parse_args([]).env_id:  # the default
         args.env_id = env_id
+    same = args.env_id.split(":")[-1] == env_id
+    check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
