@@ -314,7 +314,7 @@ def rollout(envs, policy, num_steps, device):
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        taken = policy.to_env(actions).tolist()
+        taken = policy.to_env(actions).tolist()  # plain numbers, as a checkpoint may hold
         # Terminated, truncated: (num_envs, 2)
         ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
         frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
