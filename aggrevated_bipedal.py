@@ -3,7 +3,7 @@
 AggreVaTeD (Sun et al. 2017, https://arxiv.org/abs/1703.01030, Algorithm 1) improves the learner, in
 the states that it visits, using the expert's cost-to-go; here rewards take the place of costs:
     1. roll in: the expert (with probability alpha) or the learner walks up to a random time; from
-       there the expert walks to the end (AggreVaTe, Ross & Bagnell 2014): data for step 2,
+       there the expert walks to the end (AggreVaTe, Ross & Bagnell 2014); all of it is kept,
     2. fit Q*, the value of an action if the expert takes over after it, to all transitions so far,
     3. increase A*(s, a) = Q*(s, a) - V*(s) of the learner's own actions in the visited states,
     4. validate, and keep the best policy.
@@ -15,15 +15,15 @@ DAgger (Ross et al. 2011) only imitates the expert, in visited states: `--algori
     python aggrevated_bipedal.py --env-id Hopper-v5 --expert half              another task
     python aggrevated_bipedal.py --env-id mine:Task-v0 --expert expert.pt      a task of yours
 
-An expert is a .pt of plain weights and settings: from experts/, or this script's policy.pt.
-docs/aggrevated_bipedal.md has the results, and the reasons for the choices below.
+An expert is a .pt: a network with a tanh at its end, from experts/ (README.md has the format, and
+converters) or this script's policy.pt. docs/aggrevated_bipedal.md has the results, and reasons.
 
 Deviations from the paper: (1) the gradient goes through Q* (reparameterised), not through the score
 function; an iteration takes many Adam steps; (2) the learner is held near the expert's action, and
-A* is weighted by 1 - alpha: little while Q* is young; (3) Q* is bootstrapped, at a time limit too,
-discounted, without a time index; A* is two networks' mean minus --caution times their spread; (4)
-one coin a trajectory decides who starts it; actions are greedy plus correlated noise; (5) all
-states so far train the learner, also the expert's.
+A* is weighted by 1 - alpha: little while Q* is young; (3) Q* is discounted, bootstrapped (where a
+time limit cuts a walk, too), without a time index; A* is two networks' mean minus --caution times
+their spread; (4) one coin a trajectory decides who starts it; actions are greedy plus correlated
+noise; (5) all states so far train the learner, also the expert's.
 """
 
 # /// script
@@ -72,13 +72,14 @@ from tqdm import tqdm
 
 SCRIPT = "aggrevated_bipedal"
 MIXING = 5  # iterations in which alpha, the expert's share of roll-ins, falls from 1 to 0
-STD = 0.1  # of a sampled action before tanh; the loss so averages Q* around the learner's mean
+STD = 0.1  # of a sampled action, before tanh: aggrevated_loss averages Q* near the learner's mean
 BATCH = 256  # transitions in one update
 CRITIC_LR, POLICY_LR = 5e-4, 2e-3  # of Adam; the policy's falls to 0 in each iteration
-VALIDATION = 10  # times --eval-episodes walks validate a policy: fewer would miss rare falls
-TARGET_DECAY = 0.95  # of the critics' moving average, which gives targets; with 0.99 it lags
+VALIDATION = 10  # a validation has so many times --eval-episodes walks: fewer would miss rare falls
+TARGET_DECAY = 0.95  # of the target, a moving average of the critics, at each update; 0.99 lags
 LEAST_DEVIATION = 0.1  # when standardising: nothing is scaled up more than tenfold
 LONGEST = 10_000  # steps of an episode: without a time limit, a task may never end
+# Defaults of the flags below for BipedalWalkerHardcore, which is harder to fit.
 HARDCORE = dict(expert="good", total_steps=12, num_envs=80, noise=0.3, caution=0.5, anchor=8.0)
 HARDCORE |= dict(hidden=512, critic_hidden=256, critic_updates=4_000, policy_updates=5_000)
 
@@ -89,10 +90,10 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--expert", metavar="NAME", default="weak", help="weak, good, half (experts/); or a .pt")
     flag("--algorithm", choices=("aggrevated", "dagger"), help="dagger only imitates, without Q*")
-    flag("--total-steps", type=number(int, 1), default=20, help="iterations, in all")
+    flag("--total-steps", type=number(int, 1), default=20, help="iterations (the harness's steps)")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    flag("--switch", type=number(int, 1), default=1_000, help="takeover comes before this step")
+    flag("--switch", type=number(int, 1), default=1_000, help="the expert takes over before it")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
@@ -102,11 +103,11 @@ def add_settings(parser, argv):
     anchor = "pull towards the expert's action; rewards k times as large need k times this"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
-        parser.set_defaults(**HARDCORE)  # this course is harder to fit
+        parser.set_defaults(**HARDCORE)
 
 
 def is_fall(env_id, reward, terminated):
-    """CHANGE ME: did this step lead to a state of value 0, from which nothing is bootstrapped?
+    """CHANGE ME: did this step lead to a state of value 0 (a fall; or a goal that ends an episode)?
 
     In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
     course: that is treated as a time limit, as if the walk went on."""
@@ -188,7 +189,7 @@ def fitted_q_loss(critics, target, batch, gamma):
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
         following = target(batch["next_observations"], batch["next_expert_actions"])  # (2, batch)
-        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)  # NaN, too
+        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
@@ -231,9 +232,10 @@ def roll_in(policy, expert, alpha, args):
             if step < switch:
                 action = (action + scale * noise).clamp(-1, 1)
                 noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
-            executed = policy.to_env(action.to(args.device))
+            executed = policy.to_env(action.to(args.device))  # the expert has the same box
             observation, reward, terminated, truncated, _ = take(env, executed)
-            over, step = terminated or truncated or step + 1 == LONGEST, step + 1
+            step += 1
+            over = terminated or truncated or step == LONGEST
             fell = bool(is_fall(args.env_id, reward, terminated))
             outcome = np.float32(reward), fell, np.array(observation, np.float32)
             frames.append((seen.cpu().numpy(), action.numpy(), *outcome))
@@ -247,7 +249,7 @@ def roll_in(policy, expert, alpha, args):
 
 
 class Transitions(dict):
-    """All transitions so far, by column; checkpoints save it as they save a module."""
+    """All transitions so far, by column; checkpoints save it as a module, in a plain dict."""
 
     state_dict, load_state_dict = dict.copy, dict.update
 
@@ -294,7 +296,7 @@ def improve(policy, critics, optimizer, transitions, weight, args):
 
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
-    run = Run(args)  # has the expert (a Policy), the task's sizes and the counts
+    run = Run(args)  # seeds torch, walks with the expert (a Policy); has the sizes and the counts
     expert = run.expert.to(args.device)
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
     policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
@@ -317,7 +319,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # for its mean and deviation
+            target.module.load_state_dict(critics.state_dict())
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -331,14 +333,14 @@ def train(args):
         weight = 0.0 if args.algorithm == "dagger" else 1 - alpha
         scalars |= improve(policy, critics, optimizer, transitions, weight, args)
 
-        # 4. Validate every --eval-every iterations and at the end; copy a better policy to `best`.
+        # 4. Validate every --eval-every iterations and at the end; `best` has the best mean return.
         run.record(scalars, policy, best)
     return run.finish(best)
 
 
 # ==================================================================================================
-# The harness: flags, files, evaluation, run folder, main; the other scripts' but for the expert and
-# evaluation. From above it uses SCRIPT, LONGEST, VALIDATION, add_settings, Policy and train.
+# The harness: flags, files, evaluation, run folder, main. The other scripts have the same, except
+# for the expert and evaluation. It uses SCRIPT, LONGEST, VALIDATION, add_settings, Policy, train.
 # ==================================================================================================
 
 EVALUATION_SEEDS = 1_000_000  # evaluation's seeds begin here; training's lie below
@@ -379,7 +381,7 @@ def number(kind, low, high=10**9):
         check(low <= kind(text) <= high, text)
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse: invalid int in [...] value
     return parse
 
 
@@ -403,7 +405,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
@@ -420,7 +422,7 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    file = io.BytesIO()  # on a full disk torch.save would hide the OSError
+    file = io.BytesIO()  # first in memory: on a full disk torch.save would not raise an OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
@@ -451,7 +453,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
+        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
 
 
 def sizes(env_id):
@@ -496,9 +498,9 @@ def play(act, args, final=False, filmed=None):
     --eval-episodes, on other seeds; or three in the environment that is `filmed`. `act` maps rows
     of observations to actions; None: random."""
     first = EVALUATION_SEEDS + 10_000 * args.seed + 5_000 * final
-    number = 3 if filmed else args.eval_episodes * (5 if final else VALIDATION)
+    episodes = 3 if filmed else args.eval_episodes * (5 if final else VALIDATION)
     at_once, played = 1 if filmed else 5, []
-    while len(played) < number:
+    while len(played) < episodes:
         envs = [filmed or gym.make(args.env_id, disable_env_checker=True) for _ in range(at_once)]
         running, steps = list(range(at_once)), [[] for _ in envs]
         seen = np.zeros((at_once, *envs[0].observation_space.shape), np.float32)
@@ -515,7 +517,7 @@ def play(act, args, final=False, filmed=None):
                     if not filmed:
                         envs[i].close()
         played += [Episode(*np.transpose(rows)) for rows in steps]
-    return played[:number]
+    return played
 
 
 def score(name, episodes, **more):
@@ -533,7 +535,7 @@ def score(name, episodes, **more):
 
 
 def judge(curve, random, expert, learner):
-    """Is the end good? Then solved at its first good validation, or else its best."""
+    """Solved if the end is good: at the first good validation or, if none was, at the best."""
     goal = random["return_mean"] + SOLVED * (expert["return_mean"] - random["return_mean"])
     at, verdict = {}, f"not solved: return {learner['return_mean']:.4g}, solved from {goal:.4g} on"
     if learner["return_mean"] >= goal > random["return_mean"]:
@@ -564,7 +566,7 @@ class Run:
     """One run: its expert, folder, log, curve, checkpoints and result."""
 
     kept = ("demos", "setup_seconds", "steps", "env_steps", "wall_seconds", "curve")
-    active = stopped_by = None  # the last run; in training, 0 or the signal that ends it soon
+    active = process = stopped_by = None  # the run, main's process, the signal to end it (or 0)
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -590,7 +592,7 @@ class Run:
         self.walks = play(self.expert.act, args, final=True)
         self.setup_seconds = self.wall_seconds = 0.0
         self.steps, self.env_steps, self.curve = 0, 0, []
-        torch.set_num_threads(1)  # of small networks they would wait for one another
+        torch.set_num_threads(1)  # several would wait for one another: networks are small
 
     def start(self, **parts):
         """Name all that a checkpoint holds (by state_dict); if a run is resumed, load it."""
@@ -616,7 +618,7 @@ class Run:
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.setup_seconds = time.perf_counter() - self.clock
-        self.save()  # after SummaryWriter, which would recreate a deleted folder
+        self.save()  # so that a run that is killed soon can be resumed
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
@@ -658,7 +660,7 @@ class Run:
             saved |= {"settings": best.settings, "weights": best.state_dict()}
             write(self.folder / "policy.pt", saved)
             self.save()
-        self.bar.update(min(now, args.total_steps) - self.bar.n)
+        self.bar.update(now - self.bar.n)
         if Run.stopped_by:
             raise KeyboardInterrupt
         self.clock = time.perf_counter()  # saving does not count
@@ -732,7 +734,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
+    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

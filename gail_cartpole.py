@@ -15,14 +15,14 @@ Algorithm 1) repeats:
     uv run gail_cartpole.py --env-id Hopper-v5        with uv, which installs all that it needs
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
---bc-weight 0` ignores what the expert does, and balances as well. `occupancy_distance` in
-summary.json, between a policy's pairs and the expert's, tells the two apart: 0 matches the expert,
-1 is as far off as a random policy. docs/gail_cartpole.md has the results.
+--bc-weight 0` ignores what the expert does, and balances as well. So summary.json says how far a
+policy's pairs are from the expert's, too. `occupancy_distance` is 0 for those of the expert, and 1
+for those of a random policy. docs/gail_cartpole.md has the results.
 
-Deviations from the paper, by their numbers in the code: (1) PPO, with a limit on the KL divergence,
-or REINFORCE in place of TRPO; (2) a gradient penalty on D; (3) twenty D updates per rollout;
-falling step sizes of policy and critic; (4) an entropy bonus for Discrete actions only, and not in
-the return; (5) an average of the policies is kept; (6) other reward forms; with --absorbing a
+Deviations from the paper, by their numbers in the code: (1) in place of TRPO, PPO (with a limit on
+the KL divergence) or REINFORCE; (2) a gradient penalty on D; (3) twenty D updates per rollout;
+falling step sizes of policy and critic; (4) an entropy bonus for Discrete actions only, of each
+step alone; (5) an average of the policies is kept; (6) other reward forms; with --absorbing a
 reward for the state after a termination, and a D that learns from ten rollouts; (7) a cloning loss
 is added in step 4: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
@@ -71,13 +71,14 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# From the harness, below: say (prints), number (a flag's type), begin and take (reset and step),
-# tensors (episodes' columns), Run (files, seeds, checkpoints), EVALUATION_SEEDS, BadInput, Failed.
+# From the harness, below: say (prints), number (a flag's type), begin and take (a task's reset and
+# step, with seeds and in its dtype), tensors (episodes' columns), Run (files, seeds, checkpoints),
+# EVALUATION_SEEDS (the first of evaluation's seeds: training's are smaller), BadInput, Failed.
 
 SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one update
-LEAST_STD = 0.1  # of a Gaussian: the gradient of log pi grows as 1 / std
+LEAST_STD = 0.1  # added to a Gaussian's std: near 0, the gradient of log pi would explode
 BOX_POWER = 8  # Box actions: the k-th policy counts about k^8 times in `average`: DEVIATION (5)
 
 
@@ -88,7 +89,7 @@ def add_settings(parser, argv):
     flag = parser.add_argument_group("policy").add_argument
     flag("--policy-gradient", choices=("ppo", "reinforce"), default="ppo", help="of step 4")
     flag("--total-steps", type=count, default=100_000, help="environment steps, rounded up")
-    flag("--schedule", type=count, help="steps while step sizes and --bc-weight fall; default: all")
+    flag("--schedule", type=count, help="steps over which step sizes and --bc-weight fall")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 2), default=64, help="of each, in one rollout")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at the start")
@@ -98,7 +99,7 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=size, default=256, help="pairs in one update")
-    flag("--clip", type=real, default=0.2, help="PPO gains by ratios up to this far from 1")
+    flag("--clip", type=real, default=0.2, help="PPO's epsilon: ratios count up to 1 - it, 1 + it")
     flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
     flag("--entropy", type=real, default=0.03, help="weight of its bonus; Discrete only")
     flag("--bc-weight", type=real, default=1.0, help="of cloning, at the start; 0: none")
@@ -111,7 +112,7 @@ def add_settings(parser, argv):
     flag("--discriminator-batch", type=size, default=256, help="pairs of each kind, in an update")
     flag("--discriminator-lr", type=real, default=1e-3, help="step size of Adam")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
-    # Off; every step pays 1; D is never trained; the expert's actions are permuted.
+    # In this order: none; every step pays 1; D is never trained; the expert's actions are permuted.
     controls = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags. A flag given still wins.
@@ -119,8 +120,9 @@ def add_settings(parser, argv):
     if given.num_pairs:  # the harness's flag: only so many pairs of each demonstration
         # They are soon memorised, so less cloning. D's rewards are noisy, so a shorter horizon.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
-    if given.policy_gradient == "reinforce":  # one large step a rollout; a low gamma: less variance
+    if given.policy_gradient == "reinforce":  # one large step a rollout
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
+        # Lambda 1: returns without the critic's guesses. They vary more; a lower gamma: less.
         parser.set_defaults(policy_lr=1e-2, gamma=0.97, gae_lambda=1.0, bc_weight=0.0)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
@@ -143,7 +145,7 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def measure(self, sample):
-        """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
+        """Mean and deviation of a sample, (n, size). What varies by rounding is not scaled."""
         deviation, self.mean = torch.std_mean(sample, 0, correction=0)
         self.deviation = deviation.where(deviation > 1e-6 * self.mean.abs(), 1.0)
 
@@ -159,7 +161,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # In policy.pt beside the weights; so low and high are not saved twice: persistent=False.
+        # policy.pt holds these beside the weights, so low and high, below, need not be there twice.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -180,7 +182,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
+        observations = np.array(observations, np.float32, order="C")  # a plain copy
         observations = torch.from_numpy(observations).to(self.low.device)
         if sample:
             return self.to_env(self(observations).sample())
@@ -204,7 +206,7 @@ class Discriminator(nn.Module):
     """D's logits, high if a pair is the expert's: (..., size of a pair) -> (...). A pair is an
     observation, an action and a flag: 1 for the absorbing state after a termination, else 0."""
 
-    end_scale = 0.3  # of absorbing states: absorbing_pairs says why
+    end_scale = 0.3  # absorbing_pairs multiplies observations by it, and says why
 
     def __init__(self, policy, hidden):
         super().__init__()
@@ -237,18 +239,18 @@ class Discriminator(nn.Module):
         """Append the absorbing states after terminations: (n, size), (n,) -> (more, size).
 
         Such a state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps,
-        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 1 at an end,
-        else 0. With --num-pairs, which keeps all the expert's ends and, say, 5 % of its pairs, it
-        is 0.05 at every end alike, and D sees 5 % of the copies."""
+        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or at every
+        end the same: 1; or, with --num-pairs, which keeps all the expert's ends but only a share
+        of its pairs, this share, say 0.05. Then D sees 5 % of the copies: max() reads the share."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """The last rollouts' pairs, and which of them end. One rollout has few or many ends by chance:
-    after few, D would reward an end too much; after many, too little."""
+    """Of each of the last rollouts its pairs, and which terminate. One rollout has few or many ends
+    by chance: after few, D would reward an end too much; after many, too little."""
 
-    rollouts = 10  # so many are kept
+    rollouts = 10  # so many are kept: train removes the older ones
     state_dict, load_state_dict = list.copy, list.extend  # for Run's checkpoints
 
 
@@ -266,7 +268,7 @@ def gradient_penalty(discriminator, expert_pairs, policy_pairs):
     between = (mix * expert_pairs + (1 - mix) * policy_pairs).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     # D may tell absorbing pairs from ordinary ones as sharply as it likes: no penalty between them.
-    mask = expert_pairs[:, -1] == policy_pairs[:, -1]
+    mask = expert_pairs[:, -1] == policy_pairs[:, -1]  # the flags
     return ((gradient.norm(dim=-1) - 1).square() * mask).mean()
 
 
@@ -283,8 +285,8 @@ def imitation_reward(logits, form):
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
     """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values`: of the states that the steps lead to, at a truncation too; at a termination, 0 or
-    the absorbing state's value."""
+    `next_values` are the critic's, of the states that the steps lead to (at a truncation, too); at
+    a termination, 0 or the absorbing state's value. `done`: terminated or truncated."""
     errors = rewards + gamma * next_values - values
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
@@ -326,15 +328,15 @@ def move_average(average, policy, rate):
 
 
 class Environments:
-    """Environments side by side; after an end, rollout begins an episode. A checkpoint holds each
-    episode's seed and actions, to replay it; Gymnasium's vector environments have no such way."""
+    """Environments side by side; rollout() begins an episode where one ended. A checkpoint holds
+    each episode's seed and actions, to replay it. (Gymnasium's vector environments hide seeds.)"""
 
     def __init__(self, env_id, num_envs):
         self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        # Called by train, or once self is gone, so it must not hold self: tasks may have processes.
+        # Called by train or, if that fails, once self is forgotten, to end a task's processes.
         self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
-        self.space, seen = envs[0].action_space, envs[0].observation_space
-        self.observations = np.zeros((num_envs, *seen.shape), np.float32)
+        self.space, shape = envs[0].action_space, envs[0].observation_space.shape
+        self.observations = np.zeros((num_envs, *shape), np.float32)
         self.seeds, self.cuts, self.actions, self.returns = ([0] * num_envs for _ in range(4))
         # If all episodes began together, a rollout would hold the same part of each, and D would
         # see one part at a time. So the first episodes are cut, at different lengths.
@@ -361,10 +363,10 @@ class Environments:
         return {**state, "observations": self.observations.tolist()}
 
     def load_state_dict(self, state):
-        """Replay each; begin anew where one leads elsewhere: Box2D keeps state over resets."""
+        """Replay each; begin anew where it leads elsewhere: some tasks keep state over resets."""
         missed = 0
         for i, actions in enumerate(state["actions"]):
-            with contextlib.suppress(Exception):  # a task may raise if it is stepped after an end
+            with contextlib.suppress(Exception):  # of a replay that goes on after an early end
                 self.begin(i, state["seeds"][i], state["cuts"][i])
                 for action in actions:
                     self.advance(i, action)
@@ -377,17 +379,17 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """All environments' observations, actions, next observations (at an end: the episode's last),
-    terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
+    """Returns [observations, actions, next observations (at an end, the last ones), terminated,
+    truncated], (num_steps, num_envs, ...) each; and each ended episode's (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        taken = policy.to_env(actions).tolist()  # plain numbers, as a checkpoint may hold
-        # Terminated, truncated: (num_envs, 2)
+        taken = policy.to_env(actions).tolist()  # plain numbers, for the checkpoint
         ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
+        # ends.T: terminated, truncated, (num_envs,) each
         frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
         for i in np.flatnonzero(ends.any(1)):
             ended.append((envs.returns[i], len(envs.actions[i])))
@@ -424,8 +426,8 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
-    DEVIATION (1): clipping does not bound a policy's change. So once a pass has moved it by a KL
-    above --target-kl times the number of an action's dimensions, the passes left train the critic
+    DEVIATION (1): clipping does not bound a policy's change. So the KL is estimated after a pass:
+    once it is above --target-kl times the action's dimensions, the other passes train the critic
     alone (the policy gets no gradient, so Adam leaves it as it is).
     DEVIATION (7): a cloning loss is added, with a weight that falls (as in Jena et al. 2020). With
     GAIL alone a policy must find the expert's actions by chance; with cloning alone it errs where
@@ -443,7 +445,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         else:
             loss = reinforce_loss(log_probs, advantages[rows])
         # DEVIATION (4). A Gaussian's entropy has no bound: its samples would leave the box.
-        total = loss - args.entropy * new.entropy().mean() if policy.discrete else loss
+        total = loss - (args.entropy * new.entropy().mean() if policy.discrete else 0.0)
         if bc_weight:
             drawn = torch.randint(len(expert[0]), (CLONING_BATCH,))
             pairs = [column[drawn] for column in expert]
@@ -453,18 +455,18 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
     if args.policy_gradient == "reinforce":
         policy_loss, total = policy_losses(torch.arange(len(actions)))
         descend(optimizer, total)
-    kl, target_kl = 0.0, args.target_kl * actions[0].numel()
+    kl, target_kl = 0.0, args.target_kl * actions[0].numel()  # of one action; Discrete: 1
     for _ in range(args.epochs):
         for rows in torch.randperm(len(actions)).split(args.minibatch_size):
             loss = value_loss = F.mse_loss(critic(observations[rows]), returns[rows])
-            if args.policy_gradient == "ppo" and kl <= target_kl:
+            if args.policy_gradient == "ppo" and kl <= target_kl:  # in the first pass: always
                 policy_loss, total = policy_losses(rows)
                 loss = value_loss + total
             descend(optimizer, loss)
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # estimated, for the next pass
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -489,8 +491,8 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # (pairs, ...) each; _: rewards, success. ends: above 0 at terminations: add_absorbing_pairs.
-    expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
+    # (pairs, ...) each. `ends` is 0, or above 0 where an episode terminates: add_absorbing_pairs.
+    expert_observations, expert_actions, _rewards, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
@@ -522,8 +524,8 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
 
-        # 1. Roll out the policy. REINFORCE: from fresh starts, so that this policy alone led to all
-        # the states. The price: D sees no more than the first --num-steps of an episode.
+        # 1. Roll out the policy. REINFORCE: from fresh starts, so that no older policy led to a
+        # state. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             for i in range(args.num_envs):
                 envs.begin(i)
@@ -532,7 +534,7 @@ def train(args):
         run.steps += args.num_steps * args.num_envs
         pairs = discriminator.make_pairs(observations, actions)
         policy_pairs = pairs.flatten(0, 1)  # (num_steps * num_envs, size of a pair)
-        if absorbing:  # add absorbing pairs, and the last rollouts' pairs
+        if absorbing:  # add the last rollouts' pairs (kept without copies: checkpoints are small)
             recent.append((policy_pairs.cpu(), terminated.flatten().cpu()))
             del recent[: -recent.rollouts]
             longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
@@ -550,7 +552,7 @@ def train(args):
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
             end_logits = discriminator(discriminator.absorbing_pairs(pairs))
-            end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
+            end_values = absorbing * imitation_reward(end_logits, args.reward)  # used at ends alone
             values, next_values = critic(observations), critic(next_observations)
             next_values = torch.where(terminated, end_values, next_values)
             scaled = rewards * (1 - args.gamma)
@@ -564,8 +566,8 @@ def train(args):
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
         scalars |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
 
-        # DEVIATION (5): an average of all policies is kept, in which the k-th counts about k^power
-        # times (Shamir & Zhang 2013, section 4).
+        # DEVIATION (5): an average of all policies is kept. By this rate (1 for the first of them)
+        # the k-th counts about k^power times (Shamir & Zhang 2013, section 4).
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER  # a Gaussian's last ones are best
         move_average(average, policy, (power + 1) / (iteration + power))
@@ -574,11 +576,12 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
-            scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
+        if ended:
+            charts = "charts/episodic_return", "charts/episodic_length"
+            scalars |= zip(charts, np.mean(ended, 0).tolist())
         run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()
-    # run.curve: each evaluation's scalars; empty if --resume cut --total-steps before the first.
+    # run.curve: each evaluation's scalars; empty if a run is resumed only to end before the first.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 
@@ -626,7 +629,7 @@ def number(kind, low, high=10**9):
         check(low <= kind(text) <= high, text)
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse: invalid int in [...] value
     return parse
 
 
@@ -652,13 +655,13 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
-            args = parser.parse_args(argv, argparse.Namespace(**saved))
+            args = parser.parse_args(argv, argparse.Namespace(**saved))  # in place of defaults
             changed = {name for name in saved if getattr(args, name) != saved[name]}
             changed -= set(MAY_CHANGE.split())
             check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
@@ -669,7 +672,7 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    file = io.BytesIO()  # on a full disk torch.save would hide the OSError
+    file = io.BytesIO()  # first in memory: on a full disk torch.save would not raise an OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
@@ -700,7 +703,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
+        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
 
 
 def sizes(env_id):
@@ -713,7 +716,7 @@ def sizes(env_id):
             low, high = int(taken.start), int(taken.start) + int(taken.n) - 1
         else:
             widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
-            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
+            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32; twice: from_env
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken, taken.sample())
@@ -913,7 +916,7 @@ class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
-    active = stopped_by = None  # the last run; in training the signal that is to end it, or 0
+    active = process = stopped_by = None  # the run, main's process, the signal to end it (or 0)
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -930,7 +933,7 @@ class Run:
         self.demos |= self.sizes  # a run is not resumed if its task has changed
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
         self.steps, self.curve = 0, []
-        torch.set_num_threads(1)  # of small networks they would wait for one another
+        torch.set_num_threads(1)  # several would wait for one another: networks are small
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -957,7 +960,7 @@ class Run:
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.setup_seconds = time.perf_counter() - self.clock
-        self.save()  # after SummaryWriter, which would recreate a deleted folder
+        self.save()  # so that a run that is killed soon can be resumed
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
@@ -1070,7 +1073,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
+    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

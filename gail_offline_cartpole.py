@@ -109,7 +109,7 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def measure(self, sample):
-        """Mean and deviation of a sample, (n, size). What never varies is centred, not scaled."""
+        """Mean and deviation of a sample, (n, size). What varies by rounding is not scaled."""
         deviation, self.mean = torch.std_mean(sample, 0, correction=0)
         self.deviation = deviation.where(deviation > 1e-6 * self.mean.abs(), 1.0)
 
@@ -136,7 +136,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n,)"""
-        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
+        observations = np.array(observations, np.float32, order="C")  # a plain copy
         distribution = self(torch.from_numpy(observations).to(self.standardise.mean.device))
         actions = distribution.sample() if sample else distribution.mode
         return actions.cpu().numpy() + self.settings["low"]
@@ -259,7 +259,7 @@ def number(kind, low, high=10**9):
         check(low <= kind(text) <= high, text)
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse: invalid int in [...] value
     return parse
 
 
@@ -285,13 +285,13 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
-            args = parser.parse_args(argv, argparse.Namespace(**saved))
+            args = parser.parse_args(argv, argparse.Namespace(**saved))  # in place of defaults
             changed = {name for name in saved if getattr(args, name) != saved[name]}
             changed -= set(MAY_CHANGE.split())
             check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
@@ -302,7 +302,7 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    file = io.BytesIO()  # on a full disk torch.save would hide the OSError
+    file = io.BytesIO()  # first in memory: on a full disk torch.save would not raise an OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
@@ -333,7 +333,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
+        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
 
 
 def sizes(env_id):
@@ -346,7 +346,7 @@ def sizes(env_id):
             low, high = int(taken.start), int(taken.start) + int(taken.n) - 1
         else:
             widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
-            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
+            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32; twice: from_env
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken, taken.sample())
@@ -546,7 +546,7 @@ class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
-    active = stopped_by = None  # the last run; in training the signal that is to end it, or 0
+    active = process = stopped_by = None  # the run, main's process, the signal to end it (or 0)
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -563,7 +563,7 @@ class Run:
         self.demos |= self.sizes  # a run is not resumed if its task has changed
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
         self.steps, self.curve = 0, []
-        torch.set_num_threads(1)  # of small networks they would wait for one another
+        torch.set_num_threads(1)  # several would wait for one another: networks are small
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -590,7 +590,7 @@ class Run:
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.setup_seconds = time.perf_counter() - self.clock
-        self.save()  # after SummaryWriter, which would recreate a deleted folder
+        self.save()  # so that a run that is killed soon can be resumed
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
@@ -703,7 +703,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
+    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

@@ -14,12 +14,12 @@ Algorithm 1), with PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347):
 Needs racecar_env.py and experts/RaceCar-v0.npz beside it. By the end of the default run, expect
 nearly every lap to reach the finish; docs/gail_racecar_ppo.md has results and reasons.
 
-Deviations from the paper: (1) PPO in place of TRPO; (2) a gradient penalty on D, in UNITS below,
-and forty D updates per rollout; (3) two absorbing states, one after the finish and one after a
-wall, which D judges as well: the finish pays for ever, and a crash forfeits that. For this, the
-script is told where the finish lies; (4) a standard deviation of the actions that falls on a
-schedule, in place of an entropy bonus; (5) a moving average of the policies is evaluated and kept;
-(6) a choice of reward forms, of which `gail` is the paper's; (7) cloning's loss beside PPO's:
+Deviations from the paper: (1) PPO in place of TRPO; (2) a gradient penalty on D, whose inputs are
+in UNITS, below, and forty D updates per rollout; (3) two absorbing states, one after the finish and
+one after a wall, which D judges as well: the finish pays for ever, and a crash forfeits that. For
+this, the script is told where the finish lies; (4) a standard deviation of the actions that falls
+on a schedule, in place of an entropy bonus; (5) a moving average of the policies is evaluated and
+kept; (6) a choice of reward forms, of which `gail` is the paper's; (7) cloning's loss beside PPO's:
 --bc-weight 0 leaves it out.
 """
 
@@ -69,34 +69,36 @@ from tqdm import tqdm
 
 from racecar_env import FINISH, FINISH_RADIUS
 
-# From the harness, below: number (a flag's type), check, take (a step), tensors (columns of
-# episodes), Run (files, seeds, checkpoints), EVALUATION_SEEDS (training's are below), Failed.
+# From the harness, below: number (a flag's type), check (else BadInput), take (a step, in a task's
+# dtype), tensors (episodes' columns), Run (files, seeds, checkpoints), EVALUATION_SEEDS (the first
+# of evaluation's seeds: training's are smaller), Failed.
 
 SCRIPT = "gail_racecar_ppo"
-SIDE_BY_SIDE = 5  # environments in an evaluation; a world takes 36 MB
+SIDE_BY_SIDE = 5  # environments in an evaluation; each takes 36 MB
 CLONING_BATCH = 64  # pairs of the expert in the cloning loss of one policy update
 FINAL_LR = 0.05  # policy's and D's step sizes fall to this share, over --schedule
-STD, FINAL_STD = 0.3, 0.045  # of the actions, over --schedule too: explore, then be precise
+STD, FINAL_STD = 0.3, 0.045  # of the actions; falls as step sizes do: explore, then be precise
 AVERAGE = 0.95  # the policy that is kept: a moving average over about 20 rollouts
-METRE = 0.5  # one metre, as policy and critic see it; with much less, corners blur
-# D's units, two each: place, velocity, sine and cosine, steering angles, steering rates, action;
-# the flag. The gradient penalty lets one unit change the logit by about 1.
+METRE = 0.5  # one metre, as policy and critic see it; if small, they steer too softly
+# D's inputs are divided by these, two each: place (0.2 m), velocity, sine and cosine, steering
+# angles, steering rates, action; at last the absorbing states' flag. The gradient penalty lets one
+# such unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
-# constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained;
+# To compare. constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained;
 # shuffled-expert: the expert's actions are permuted, for cloning as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
 def add_settings(parser, argv):
     """The algorithm's flags; number(kind, low, high): at least low, at most high."""
-    parser.set_defaults(env_id="RaceCar-v0", num_demos=4)
+    parser.set_defaults(env_id="RaceCar-v0", num_demos=4)  # the harness's flags
     count, size, real = number(int, 1), number(int, 1, 10**6), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
     flag("--total-steps", type=count, default=300_000, help="environment steps, in all")
     flag("--schedule", type=count, help="steps while std, policy's and D's step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=8, help="environments side by side")
-    flag("--num-steps", type=number(int, 3), default=256, help="of each, in one rollout")
+    flag("--num-steps", type=number(int, 3), default=256, help="steps of each, in a rollout")
     flag("--policy-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=1e-3, help="the critic's, which does not fall")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -142,7 +144,7 @@ def mlp(inputs, hidden, outputs):
 def spread(layer, inputs):
     """Set a first layer's biases so that each tanh is 0 at a random one of the inputs: (rows, in).
 
-    PyTorch's own put these zeros near the track's origin; far from there, a network is flat."""
+    With PyTorch's own biases all are 0 near the track's origin, and far from it saturated: flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
@@ -166,7 +168,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, 9) -> (n, 2)"""
-        observations = np.array(observations, np.float32, order="C")  # from_numpy needs this
+        observations = np.array(observations, np.float32, order="C")  # a plain copy
         distribution = self(torch.from_numpy(observations).to(self.std.device))
         return self.to_env(distribution.sample() if sample else distribution.mean)
 
@@ -207,8 +209,8 @@ class Discriminator(nn.Module):
     def add_absorbing_pairs(self, pairs, finished, gamma):
         """Append 1 / (1 - gamma) pairs for each termination: (n, 13), (ends,) bool -> (more, 13).
 
-        An absorbing state lasts for ever. Discounted, that is as much as 1 + gamma + gamma^2 + ...
-        = 1 / (1 - gamma) steps: so many times D sees it."""
+        An absorbing state lasts for ever. Discounted from the end on, it is as much as 1 + gamma +
+        gamma^2 + ... = 1 / (1 - gamma) steps: so many times D sees it, and other pairs once."""
         rows = round(1 / (1 - gamma))
         return torch.cat([pairs, self.absorbing_pairs(finished).repeat(rows, 1)])
 
@@ -250,8 +252,8 @@ def imitation_reward(logits, form):
 def generalized_advantages(rewards, values, next_values, done, gamma, gae_lambda):
     """GAE (Schulman et al. 2016, eq. 16); all tensors are (num_steps, num_envs).
 
-    `next_values`: of the states that the steps lead to, at a truncation too; at a termination, 0 or
-    the absorbing state's value."""
+    `next_values` are the critic's, of the states that the steps lead to (at a truncation, too); at
+    a termination, 0 or the absorbing state's value. `done`: terminated or truncated."""
     errors = rewards + gamma * next_values - values
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for step in reversed(range(len(rewards))):
@@ -275,8 +277,8 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 class Environments:
-    """Environments side by side; after an end, rollout begins an episode. A checkpoint holds each
-    episode's seed and actions, to replay it; Gymnasium's vector environments have no such way."""
+    """Environments side by side; rollout() begins an episode where one ended. A checkpoint holds
+    each episode's seed and actions, to replay it. (Gymnasium's vector environments hide seeds.)"""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -311,17 +313,17 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """All environments' observations, actions, next observations (at an end: the episode's last),
-    terminated, truncated, (num_steps, num_envs, ...) each; and ended episodes' (return, length)."""
+    """Returns [observations, actions, next observations (at an end, the last ones), terminated,
+    truncated], (num_steps, num_envs, ...) each; and each ended episode's (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
         observations = envs.observations.copy()
         if not np.isfinite(observations).all():
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
-        taken = policy.to_env(actions).tolist()  # plain numbers, as a checkpoint may hold
-        # Terminated, truncated: (num_envs, 2)
+        taken = policy.to_env(actions).tolist()  # plain numbers, for the checkpoint
         ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
+        # ends.T: terminated, truncated, (num_envs,) each
         frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
         for i in np.flatnonzero(ends.any(1)):
             ended.append((envs.returns[i], len(envs.actions[i])))
@@ -396,7 +398,7 @@ def diagnose(scalars):
     """Advice for a run that is not solved, from the scalars at its last evaluation.
 
     A reward whose deviation is below a tenth of its mean pays all pairs nearly alike. If D is right
-    about 99 of 100 pairs of both kinds, the policy's rewards by `gail` are all near 0."""
+    about 99 of 100 pairs of both kinds, it hardly says which of the policy's are better."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     if std < 0.1 * abs(mean):
         return "the reward is nearly constant: it hardly tells one action from another"
@@ -410,8 +412,8 @@ def train(args):
     known = args.env_id.split(":")[-1] == "RaceCar-v0"
     check(known, f"--env-id {args.env_id}: expected RaceCar-v0, which the features are made for")
     run = Run(args)  # reads the demonstrations and seeds torch; run.steps is 0
-    # All demonstrations, (pairs, ...) each; ends: 1 at a pair that terminates an episode, else 0.
-    expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
+    # All demonstrations, (pairs, ...) each; ends: 1. at a pair that terminates an episode, else 0.
+    expert_observations, expert_actions, _rewards, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(args.hidden).to(args.device)
     expert_actions = policy.from_env(expert_actions)
     layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # (..., n, 1) -> (..., n)
@@ -419,7 +421,7 @@ def train(args):
     discriminator = Discriminator(args.hidden).to(args.device)
     groups = [{"params": policy.parameters()}]
     groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
-    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # 1e-3 is for --bc-updates
+    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # 1e-3: for --bc-updates alone
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs = Environments(args.env_id, args.num_envs)
 
@@ -430,11 +432,11 @@ def train(args):
     spread(discriminator.network[0], expert_pairs)
     for network in (critic, policy.network):
         spread(network[1], network[0](expert_observations))  # [0]: Features
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))  # first: a copy
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
-        laps = ends[ends > 0].bool()  # all True: a demonstrated end counts as a finish
+        laps = ends[ends > 0].bool()  # True, ...: each end of the expert counts as a finish
         expert_pairs = discriminator.add_absorbing_pairs(expert_pairs, laps, args.gamma)
 
     parts = {"policy": policy, "average": average, "critic": critic, "envs": envs}
@@ -463,7 +465,8 @@ def train(args):
         # 2. Train the discriminator.
         scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
-        # 3. Reward the pairs and compute advantages. Both absorbing states last for ever.
+        # 3. Reward the pairs and compute advantages. Both absorbing states last for ever; their
+        # values are computed for all pairs, and used where an episode terminated.
         with torch.no_grad():
             logits = discriminator(pairs)
             rewards = imitation_reward(logits, args.reward)  # (num_steps, num_envs)
@@ -488,8 +491,9 @@ def train(args):
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())
         scalars["discriminator/reward_mean"] = float(rewards.mean())
         scalars["discriminator/reward_std"] = float(rewards.std())
-        for name, numbers in zip(("return", "length"), zip(*ended)):  # if any ended
-            scalars[f"charts/episodic_{name}"] = float(np.mean(numbers))
+        if ended:
+            charts = "charts/episodic_return", "charts/episodic_length"
+            scalars |= zip(charts, np.mean(ended, 0).tolist())
         run.record(scalars, average.module)
     for env in envs.envs:
         env.close()
@@ -540,7 +544,7 @@ def number(kind, low, high=10**9):
         check(low <= kind(text) <= high, text)
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse shows it
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse: invalid int in [...] value
     return parse
 
 
@@ -566,13 +570,13 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: defaults are set
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
-            args = parser.parse_args(argv, argparse.Namespace(**saved))
+            args = parser.parse_args(argv, argparse.Namespace(**saved))  # in place of defaults
             changed = {name for name in saved if getattr(args, name) != saved[name]}
             changed -= set(MAY_CHANGE.split())
             check(not changed, f"{', '.join(sorted(changed))} cannot be changed")
@@ -583,7 +587,7 @@ def parse_args(argv=None):
 
 def write(path, content):
     """Write the whole file or nothing. JSON is strict: NaN and infinity become null."""
-    file = io.BytesIO()  # on a full disk torch.save would hide the OSError
+    file = io.BytesIO()  # first in memory: on a full disk torch.save would not raise an OSError
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=lambda name: None)
         file.write(json.dumps(content, indent=2).encode())
@@ -614,7 +618,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no file may have a module imported
+        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
 
 
 def sizes(env_id):
@@ -627,7 +631,7 @@ def sizes(env_id):
             low, high = int(taken.start), int(taken.start) + int(taken.n) - 1
         else:
             widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
-            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32, as networks are
+            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32; twice: from_env
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken, taken.sample())
@@ -827,7 +831,7 @@ class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
-    active = stopped_by = None  # the last run; in training the signal that is to end it, or 0
+    active = process = stopped_by = None  # the run, main's process, the signal to end it (or 0)
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -844,7 +848,7 @@ class Run:
         self.demos |= self.sizes  # a run is not resumed if its task has changed
         self.setup_seconds = self.wall_seconds = self.eval_seconds = 0.0
         self.steps, self.curve = 0, []
-        torch.set_num_threads(1)  # of small networks they would wait for one another
+        torch.set_num_threads(1)  # several would wait for one another: networks are small
         torch.manual_seed(args.seed)
 
     def start(self, **parts):
@@ -871,7 +875,7 @@ class Run:
         write(self.folder / "args.json", {"script": SCRIPT, **vars(args)})
         self.log = SummaryWriter(str(self.folder), purge_step=self.steps + 1)
         self.setup_seconds = time.perf_counter() - self.clock
-        self.save()  # after SummaryWriter, which would recreate a deleted folder
+        self.save()  # so that a run that is killed soon can be resumed
         say(f"run     {self.folder}")
         hidden = args.no_progress or sys.stderr is not sys.__stderr__ or not os.isatty(2)
         self.bar = tqdm(total=args.total_steps, initial=self.steps, unit=" steps", disable=hidden)
@@ -984,7 +988,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's: a full disk ends the run all the same
+    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)
