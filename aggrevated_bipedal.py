@@ -79,7 +79,6 @@ VALIDATION = 10  # a validation has so many times --eval-episodes walks: fewer w
 TARGET_DECAY = 0.95  # of the target, a moving average of the critics, at each update; 0.99 lags
 LEAST_DEVIATION = 0.1  # when standardising: nothing is scaled up more than tenfold
 LONGEST = 10_000  # steps of an episode: without a time limit, a task may never end
-# Defaults of the flags below for BipedalWalkerHardcore, which is harder to fit.
 HARDCORE = dict(expert="good", total_steps=12, num_envs=80, noise=0.3, caution=0.5, anchor=8.0)
 HARDCORE |= dict(hidden=512, critic_hidden=256, critic_updates=4_000, policy_updates=5_000)
 
@@ -103,7 +102,7 @@ def add_settings(parser, argv):
     anchor = "pull towards the expert's action; rewards k times as large need k times this"
     flag("--anchor", type=number(float, 0), default=4.0, help=anchor)
     if parser.parse_known_args(argv)[0].env_id.endswith("BipedalWalkerHardcore-v3"):
-        parser.set_defaults(**HARDCORE)
+        parser.set_defaults(**HARDCORE)  # this course is harder to fit
 
 
 def is_fall(env_id, reward, terminated):
@@ -408,6 +407,8 @@ def parse_args(argv=None):
     flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
+    if args.evaluate:  # without --env-id: on the file's task
+        args.env_id = parser.parse_args(argv, argparse.Namespace(env_id=None)).env_id
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
@@ -697,8 +698,7 @@ def film(policy, args, folder):
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    if args.env_id == parse_args([]).env_id:  # the default
-        args.env_id = env_id
+    args.env_id = args.env_id or env_id
     same = args.env_id.split(":")[-1] == env_id
     check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)

@@ -299,6 +299,8 @@ def parse_args(argv=None):
     flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
+    if args.evaluate:  # without --env-id: on the file's task
+        args.env_id = parser.parse_args(argv, argparse.Namespace(env_id=None)).env_id
     if args.resume:
         with explained(Path(args.resume, "checkpoint.pt")) as path:
             saved = load(path, "parts")["args"]
@@ -677,8 +679,7 @@ def film(policy, args, folder):
 def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
-    if args.env_id == parse_args([]).env_id:  # the default
-        args.env_id = env_id
+    args.env_id = args.env_id or env_id
     same = args.env_id.split(":")[-1] == env_id
     check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)

@@ -38,7 +38,8 @@ def test_damaged_files(case, damage, tmp_path, refused):
     refused(case, case.argv("--out", tmp_path / "new", flag, path), path)
     folder = shutil.copytree(case.finished, tmp_path / "run")
     refused(case, ["--evaluate", folder / "checkpoint.pt"], "checkpoint.pt", "another kind")
-    refused(case, ["--evaluate", folder / "policy.pt", "--env-id", "Acrobot-v1"], "not Acrobot-v1")
+    for other in ("Acrobot-v1", case.module.parse_args([]).env_id):  # the script's own default, too
+        refused(case, ["--evaluate", folder / "policy.pt", "--env-id", other], f"not {other}")
     damage(folder / "checkpoint.pt")
     refused(case, ["--resume", folder], folder / "checkpoint.pt")
     damage(folder / "policy.pt")
