@@ -5,18 +5,18 @@ The oldest form of imitation learning (Pomerleau 1991, https://doi.org/10.1162/n
             take a step on -log pi(action | state)
 No environment is stepped. Nothing teaches the policy what to do in states the expert never visited:
 its errors lead it there, and there it makes more of them (Ross & Bagnell 2010). A loss on held-out
-pairs does not show this: their states, too, are the expert's. The policy that is kept has averaged
-weights: the average whose loss on a fifth of the pairs, set aside from training, was least.
+pairs does not show this: their states, too, are the expert's. What is kept is a moving average of
+the policy's weights, as it was when its loss on a fifth of the pairs, set aside, was least.
 
-    python bc_cartpole.py --total-steps 500         a quick try: a second of training
-    python bc_cartpole.py --num-demos 4             the default budget on four demonstrations
+    python bc_cartpole.py --total-steps 500         a quick try, 500 updates: a second of training
+    python bc_cartpole.py --num-demos 4             the default, 8,000 updates: four demonstrations
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python bc_cartpole.py --env-id Pendulum-v1      another task whose demonstrations are shipped
     python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     your own task, in mine.py
     uv run bc_cartpole.py --env-id Hopper-v5          with uv, which installs all that it needs
 
-Any task with a flat Box of observations and Discrete actions or a bounded Box of them. On CartPole
-expect a return of about 410 of 500 from one demonstration, 500 from four, and 280 from 30 pairs
+Any task with a flat Box of observations, and actions that are Discrete or a bounded Box. Expect on
+CartPole a return of about 410 of 500 from one demonstration, 500 from four, and 280 from 30 pairs
 (--num-pairs 30), after some seconds of training; the table is in docs/bc_cartpole.md.
 """
 
@@ -71,7 +71,7 @@ AVERAGED = 1_000  # updates: how far the average of the weights reaches back, ab
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. `number`, `tensors` and `Run` are in the harness."""
+    """The algorithm's flags. number(type, least, most), tensors and Run are in the harness."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-steps", type=number(int, 1), default=8_000, help="updates of the policy, in all")
@@ -112,18 +112,18 @@ class Standardise(nn.Module):
 
 
 class Policy(nn.Module):
-    """A softmax over Discrete actions, counted from 0, or a Gaussian over what tanh squashes into a
-    Box. to_env and from_env convert actions.
+    """A softmax over Discrete actions, here counted from 0; or a Gaussian over u, where tanh(u),
+    scaled, is the action in the Box. to_env and from_env convert from and to these units.
 
-    Why tanh: experts like SAC's add their noise before it. A clone of the mean of what comes out is
-    too timid: it is nearer to 0 than their action without noise (docs/studies/cloning.md).
+    Why tanh: SAC's experts add their noise to u. The mean of tanh(u + noise) is nearer to 0 than
+    tanh(u), so a policy that clones this mean is too timid (docs/studies/cloning.md).
 
-    Observations (..., inputs) -> a distribution over (...) or (..., size of an action). `low` and
-    `high` are the first and last action (two ints), or the bounds of the box (two lists)."""
+    Observations (..., inputs) -> a distribution; its samples: (...) or (..., size of an action).
+    `low`, `high`: the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt has these beside the weights, which so need not have the box: persistent=False.
+        # policy.pt holds these beside the weights, so low and high, below, need not be there twice.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -132,7 +132,7 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std_before_tanh = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.7
+            self.log_std_before_tanh = nn.Parameter(torch.full((outputs,), -0.5))  # 0.6 + LEAST_STD
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
@@ -148,7 +148,7 @@ class Policy(nn.Module):
         observations = torch.from_numpy(observations).to(self.low.device)
         if sample:
             return self.to_env(self(observations).sample())
-        outputs = self.network(self.standardise(observations))  # greedy: the most likely action
+        outputs = self.network(self.standardise(observations))  # greedy: by argmax, or u's mean
         return self.to_env(outputs.argmax(-1) if self.discrete else outputs)
 
     def to_env(self, actions):
@@ -166,7 +166,7 @@ class Policy(nn.Module):
 
 
 def behavioural_cloning_loss(policy, observations, actions):
-    """Minus the mean log-likelihood of the expert's actions: two (batch, ...) -> ()."""
+    """Minus the mean log-likelihood of actions, in the policy's units: two (batch, ...) -> ()."""
     return -policy(observations).log_prob(actions).mean()
 
 
@@ -197,18 +197,19 @@ def train(args):
     # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
     # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
-    best = nn.Sequential(copy.deepcopy(policy))  # a module, so that a checkpoint holds the loss too
+    # The average with the least loss on a fifth of the pairs, and this loss: checkpoints hold both.
+    best = nn.Sequential(copy.deepcopy(policy))
     best.register_buffer("loss", torch.tensor(math.inf))
-    fifth, rows = len(actions) // 5, torch.randperm(len(actions))  # by --seed: resumed, the same
+    fifth, rows = len(actions) // 5, torch.randperm(len(actions))  # by --seed: the same if resumed
     checked, learnt = rows[: max(fifth, 1)], rows[fifth:]  # below five pairs, one is in both
-    run.start(policy=policy, average=average, best=best, optimizer=optimizer)
+    run.start(policy=policy, average=average, best=best, optimizer=optimizer)  # or loads: --resume
 
     while run.steps < args.total_steps:
         rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
         loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
         descend(optimizer, loss)
         run.steps += 1
-        move_average(average, policy, 1 / min(run.steps, AVERAGED))
+        move_average(average, policy, 1 / min(run.steps, AVERAGED))  # at first, the plain mean
 
         if run.steps % LOG_EVERY == 0 or run.steps == args.total_steps:
             scalars = {"losses/policy": float(loss.detach())}
@@ -218,7 +219,7 @@ def train(args):
                 if loss < best.loss:
                     best[0].load_state_dict(average.state_dict())
                     best.loss.copy_(loss)
-                if run.held_out:  # for the log alone: of the policy itself, not of the average
+                if run.held_out:  # other episodes, for the log alone; of the policy, no average
                     seen, taken, *_ = tensors(run.held_out, args.device)
                     loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
                     scalars["losses/held_out"] = float(loss)

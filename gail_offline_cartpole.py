@@ -3,8 +3,8 @@
 GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. Repeat, on
 minibatches of the expert's states:
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
-    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions; the
-       gradient that reaches its logits is the natural one.
+    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions; what is
+       propagated back from its logits is the natural gradient in them.
 Actions must be Discrete: then expectations over them are exact, and no action is sampled.
 
     python gail_offline_cartpole.py --total-steps 500       a quick try: a second of training
@@ -16,11 +16,12 @@ On CartPole expect a return of about 480 of 500 from one demonstration and 500 f
 seconds of training. It is cloning in disguise: all states come from the expert, so
 nothing is learnt about the states that errors lead to. Results: docs/gail_offline_cartpole.md.
 
-Deviations from the paper: (1) no environment; (2) D subtracts log pi(a|s) from its network's output
-(Fu et al. 2018, AIRL, section 4), so that the network's target, log pi_expert, stands still while
-the policy moves: without that the two chase each other, and more updates help little; (3) exact
-expectations over actions; (4) the reward log D - log(1 - D) in place of -log(1 - D); (5) the
-natural gradient in the logits, of one step's reward: no trust region, no line search, no return.
+Deviations from the paper (whose labels are the other way round): (1) no environment; (2) D's logit
+is f - log pi(a|s), f its network (Fu et al. 2018, AIRL, section 4), so that f's target, log
+pi_expert, stands still while the policy moves: without that the two chase each other, and more
+updates help little; (3) exact expectations over actions; (4) the reward log D - log(1 - D) in place
+of -log(1 - D); (5) the natural gradient in the logits, of the immediate reward: no trust region, no
+line search, no return.
 """
 
 # /// script
@@ -67,7 +68,7 @@ from tqdm import tqdm
 
 SCRIPT = "gail_offline_cartpole"
 SIDE_BY_SIDE = 50  # environments in an evaluation
-FINAL_LR = 0.005  # both step sizes fall to this share, over --schedule
+FINAL_LR = 0.005  # both step sizes fall linearly to this share of their start
 LOG_EVERY = 100  # updates
 
 
@@ -87,7 +88,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each update of D")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
-    # Without --schedule it is the budget; a resumed run keeps the one that it had.
+    # By default --schedule is --total-steps; the harness gives a resumed run the one that it had.
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -148,7 +149,8 @@ def discriminator_logits(discriminator, observations, log_probs):
 
 
 def expected_discriminator_loss(logits, expert_actions, log_probs):
-    """Cross-entropy, expert = 1, exact over actions: (batch, n), (batch,), (batch, n) -> ()."""
+    """-log D of the expert's actions, plus the policy's mean of -log(1 - D), exact over actions:
+    (batch, n), (batch,), (batch, n) -> ()"""
     expert_logits = logits.gather(1, expert_actions[:, None]).squeeze(1)
     policy_term = (log_probs.exp() * F.softplus(logits)).sum(-1)
     return (F.softplus(-expert_logits) + policy_term).mean()
@@ -157,9 +159,9 @@ def expected_discriminator_loss(logits, expert_actions, log_probs):
 def natural_policy_loss(log_probs, rewards):
     """Its gradient in the logits is minus the expected reward's natural gradient (Kakade 2001).
 
-    That is the centred rewards, without a factor pi(a|s). Their own gradient, that of -log pi, has
-    mean 0 under pi: so they count as constants. (batch, n) both -> ()"""
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    It is rewards less their mean: the inverse of Fisher's matrix cancels pi(a|s). Rewards count as
+    constants, as their own gradient, that of -log pi, has mean 0 under pi. (batch, n) both -> ()"""
+    centred = rewards - rewards.mean(-1, keepdim=True)  # sum 0: so log pi's normaliser drops out
     return -(log_probs * centred.detach()).sum(-1).mean()
 
 
@@ -185,8 +187,8 @@ def train(args):
     discriminator = nn.Sequential(policy.standardise, layers).to(args.device)  # f, not D's logits
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), fused=True)
-    parts = {"policy": policy, "discriminator": discriminator}
-    run.start(**parts, optimizer=optimizer, d_optimizer=d_optimizer)
+    parts = {"policy": policy, "discriminator": discriminator, "optimizer": optimizer}
+    run.start(**parts, d_optimizer=d_optimizer)  # a checkpoint holds them; --resume loads them
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, FINAL_LR)
