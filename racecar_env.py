@@ -5,8 +5,8 @@ module registers the environment; `gymnasium.make("racecar_env:RaceCar-v0")` doe
 
     observation (9,) float32   x, y (m), vx, vy (m/s), yaw (rad), then the angles (rad) and the
                                velocities (rad/s) of the left and the right steering joint
-    action (2,) float32        steering in [-1, 1] (positive turns right), throttle in [0, 1]
-    reward                     -1 at a wall, +3 at the finish (both terminate), 0 otherwise
+    action (2,) float32        steering in [-1, 1] rad (positive: right), throttle in [0, 1]
+    reward                     -1 at a wall, +3 at the finish (both terminate), else 0; and coins
     truncated                  after max_steps = 2,000 steps
     info                       steps (int), position (x, y, z) in metres, is_success (bool)
 
@@ -14,10 +14,10 @@ reset(seed=s) determines the whole episode: (s, the actions since) is a snapshot
 the last bit, in any process, after any history. A reset without a seed draws one and keeps it in
 `np_random_seed`; later resets without a seed follow from it as well.
 
-copy.deepcopy and pickle drive the episode again, in a world of the copy's own.
+copy.deepcopy and pickle build a new world and replay the episode's actions there.
 
 `gymnasium.make_vec("RaceCar-v0", 8)` gives several cars in one process, a RaceCarVectorEnv. An
-expert comes with them, a waypoint controller that needs no training (about 285 steps a lap);
+expert comes with them, a waypoint controller that needs no training (about 285 steps to the end);
 experts/racecar.py records and films it, or lets a person drive.
 """
 
@@ -68,25 +68,25 @@ with _silent_stderr():
     import pybullet_data
 
 # ----------------------------------------------------------------------------- the world, in metres
-WALL_SEGMENTS = (  # x0, y0, x1, y1
+WALL_SEGMENTS = (  # x0, y0, x1, y1: along x or y, x0 <= x1, y0 <= y1
     (0, 0, 2, 0), (0, 0, 0, 4), (2, 0, 2, 2), (0, 4, 8, 4), (2, 2, 10, 2),
     (10, 2, 10, 6), (10, 6, 15, 6), (8, 4, 8, 8), (8, 8, 15, 8), (15, 6, 15, 8),
 )  # fmt: skip
 WALL_THICKNESS, WALL_HEIGHT = 0.3, 0.5
 START_POSITION, START_YAW = (0.5, 0.5, 0.1), math.pi / 2
-MAX_START_NOISE = 0.14  # with more, the car can start inside a wall
+MAX_START_NOISE = 0.14  # the wall is 0.35 m away; with more, a car can start inside it
 FINISH, FINISH_RADIUS = (14.5, 7.5), 1.0
 COINS, COIN_RADIUS = ((3.0, 3.0), (9.0, 5.0), (11.0, 7.0)), 0.5
 WALL_REWARD, FINISH_REWARD = -1.0, 3.0
 
 CONTROL_RATE = 20  # Hz
-STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right
-WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1
+STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right, rear before front
+WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1; largest torque
 
-VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # from the ground below the car
+VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # from below the car; x = y
 FIELD_OF_VIEW, WALL_COLOR = 60.0, (0.85, 0.35, 0.15, 1)
-CHECKS = [(13.68 + k % 5 * 0.26, 6.68 + k // 5 * 0.26, 0.005) for k in range(1, 25, 2)]
-MARKS = (  # on the ground: centre, half extents, colour; the finish is black with white checks
+CHECKS = [(14.2 + (k % 5 - 2) * 0.26, 7.2 + (k // 5 - 2) * 0.26, 0.005) for k in range(1, 25, 2)]
+MARKS = (  # centre, half extents, colour: the start's line; the finish, black with white checks
     ((1.0, 1.0, 0.0), (0.85, 0.1, 0.01), (0.1, 0.6, 0.3, 1)),
     ((14.2, 7.2, 0.0), (0.65, 0.65, 0.01), (0.1, 0.1, 0.1, 1)),
     *((center, (0.13, 0.13, 0.01), (1, 1, 1, 1)) for center in CHECKS),
@@ -100,8 +100,8 @@ class PhysicsClient:
     """pybullet with its own client's id in every call, as in client.stepSimulation().
 
     A client without a window is released once, by disconnect() or when nothing refers to this
-    object any more. Not so one with a window: its user may have closed it, and by then its id may
-    belong to another client."""
+    object any more. One with a window only by disconnect(): its user may have closed it, and later
+    its id may belong to another client."""
 
     def __init__(self, mode: int) -> None:
         self.id = pybullet.connect(mode)
@@ -198,7 +198,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             shape = physics.createVisualShape(pybullet.GEOM_BOX, halfExtents=half, rgbaColor=color)
             physics.createMultiBody(0, -1, shape, center)
 
-        self._coins: dict[int, tuple[float, float]] = {}  # visible, without collision shape
+        self._coins: dict[int, tuple[float, float]] = {}  # by body; without collision shape
         if self.coin_reward:
             look = {"radius": 0.2, "length": 0.05, "rgbaColor": (1, 0.8, 0, 1)}
             shape = physics.createVisualShape(pybullet.GEOM_CYLINDER, **look)
@@ -213,8 +213,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Put the car at the start, at rest. options are not used.
 
-        Every episode has a seed of its own; if none is given, it follows from the previous seed.
-        """
+        Every episode has a seed of its own; if none is given, the last one's generator draws it."""
         physics = self._open_client()
         super().reset(seed=self.np_random.bit_generator.random_raw() if seed is None else seed)
         x, y, yaw = self.np_random.uniform(-self.start_noise, self.start_noise, size=3)
@@ -249,9 +248,9 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         physics.setJointMotorControlArray(self.car, WHEEL_JOINTS, pybullet.VELOCITY_CONTROL, **spin)
         physics.stepSimulation()
         self.steps += 1
-        observation = self._observe(physics)
+        observation = self._observe(physics)  # and self._position
 
-        # For the pose just reached; getContactPoints would answer for the pose before this step.
+        # It sees the pose just reached; getContactPoints would see the one before this step.
         at_wall = bool(physics.getClosestPoints(self.car, self.walls, 0.0))
         at_finish = not at_wall and math.dist(self._position[:2], FINISH) <= FINISH_RADIUS
         reward = WALL_REWARD * at_wall + FINISH_REWARD * at_finish + self._collect_coins(physics)
@@ -287,10 +286,10 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self.physics = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the physics: a copy replays it, or raises an error if that leads elsewhere."""
+        """All but the physics: a copy replays the episode, and fails if that ends elsewhere."""
         if self.physics is None or self.render_mode == "human":
             raise TypeError("closed, or with a window: cannot be copied or pickled, make another")
-        self.np_random  # noqa: B018  (drawn now if it never was, for both to go on alike)
+        self.np_random  # noqa: B018  (made now if it never was: each copy would make its own)
         return {name: value for name, value in vars(self).items() if name != "physics"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,14 +297,14 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.physics = self._connect()
         self._build_world(self.physics)
         if self._seed is not None:
-            RaceCarEnv.reset(self, seed=self._seed)
+            RaceCarEnv.reset(self, seed=self._seed)  # not a subclass's; it begins a new _actions
         for action in state["_actions"]:
             RaceCarEnv.step(self, action)
         if self._position != state["_position"]:
             raise TypeError("cannot be copied: a setting, or the car, was changed in its episode")
-        vars(self).update(state)  # np_random and a wrapper's or a subclass's attributes as well
+        vars(self).update(state)  # undo what the replay changed, as np_random or a subclass's own
 
-    __copy__ = copy.deepcopy  # two handles on one world would drive the same car
+    __copy__ = copy.deepcopy  # copy.copy is deep, too: a shallow one would drive the same car
 
     def _open_client(self) -> PhysicsClient:
         if self.physics is None:
@@ -321,7 +320,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.array([x, y, vx, vy, yaw, left[0], right[0], left[1], right[1]], np.float32)
 
     def _collect_coins(self, physics: PhysicsClient) -> float:
-        """The reward for coins reached in this step; they sink out of sight until the reset."""
+        """The reward for coins reached in this step; they sink out of sight until a reset."""
         reward = 0.0
         for body, coin in list(self._coins_left.items()):
             if math.dist(self._position[:2], coin) <= COIN_RADIUS:
@@ -344,7 +343,7 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
     try:
         steering, throttle = np.asarray(action).tolist()
         valid = np.shape(action) == (2,) and math.isfinite(steering) and math.isfinite(throttle)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # not two plain real numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # (a tensor with a gradient)
         valid = False
     if not valid:
         raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
@@ -352,14 +351,14 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
 
 
 def _check_display() -> None:
-    """Raise RuntimeError where pybullet, asked for a window, would hang or end the process."""
-    usable, unused = False, ctypes.c_int()
+    """Raise RuntimeError if opening a window with pybullet would hang, or end the process."""
+    usable, unused = False, ctypes.byref(ctypes.c_int())
     with contextlib.suppress(OSError), _silent_stderr():  # OSError: there is no libX11
         x11 = ctypes.CDLL("libX11.so.6")
         x11.XOpenDisplay.restype = ctypes.c_void_p
         display = ctypes.c_void_p(x11.XOpenDisplay(None))  # None: the one that DISPLAY names
         if display:
-            usable = x11.XQueryExtension(display, b"GLX", *[ctypes.byref(unused)] * 3)
+            usable = x11.XQueryExtension(display, b"GLX", unused, unused, unused)
             x11.XCloseDisplay(display)
     if not usable:
         found = f"found none at DISPLAY={os.environ.get('DISPLAY', '')}"
@@ -372,15 +371,15 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
 
     Nothing is reset automatically: reset(options={"reset_mask": (num_envs,) bool}) puts those cars
     back at the start and leaves the others where they are. So every step is a transition of the
-    running cars, and 100 episodes cost no more than their own steps. A resting car's action is
-    ignored, its reward is 0, and it is not terminated or truncated again. settings: those of
-    RaceCarEnv. An episode's seed is envs.envs[i].np_random_seed.
+    running cars, and a resting car costs nothing: its action is ignored, its reward is 0, and it is
+    not terminated or truncated again. settings: those of RaceCarEnv. An episode's seed is
+    self.envs[i].np_random_seed.
     """
 
     metadata = RaceCarEnv.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
-        self.envs: list[RaceCarEnv] = []  # Gymnasium closes even what was refused
+        self.envs: list[RaceCarEnv] = []  # for VectorEnv.__del__, which closes even after an error
         _check_number("num_envs", num_envs, numbers.Integral, 1, 1_000_000)
         self.num_envs = num_envs
         self.envs = [RaceCarEnv(**settings) for _ in range(num_envs)]
@@ -403,14 +402,15 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
             raise ValueError(f"reset_mask must be ({self.num_envs},) bool, got {mask!r}")
         if seed is None or isinstance(seed, numbers.Integral):
             seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        cars = list(zip(self.envs, seed, strict=True))  # or ValueError: a list of another length
         for i in np.flatnonzero(mask):
-            self._observations[i], _ = self.envs[i].reset(seed=seed[i])
+            self._observations[i], _ = cars[i][0].reset(seed=cars[i][1])
         return self._observations.copy(), {}
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """actions: (num_envs, 2). Raises what RaceCarEnv.step does, for running cars only."""
+        """actions: (num_envs, 2). Raises as RaceCarEnv.step, for running cars. info: is_success."""
         running = [i for i, env in enumerate(self.envs) if env.running]
         if not running:
             raise gymnasium.error.ResetNeeded("no car is running: call reset()")
@@ -440,7 +440,7 @@ gymnasium.register(
     "RaceCar-v0",
     entry_point=f"{__name__}:RaceCarEnv",
     vector_entry_point=f"{__name__}:RaceCarVectorEnv",
-    reward_threshold=2.92,  # 98 of 100 laps reach the finish, two end at a wall
+    reward_threshold=2.92,  # (98 * 3 - 2) / 100: of 100 laps two end at a wall
 )
 
 
@@ -449,9 +449,9 @@ class WaypointController:
     """The expert: steers by minus gain times the heading error to a waypoint ahead.
 
     It is a plain function of the observation, without memory, so it can be queried in any state.
-    Waypoints lie 1 m apart in the middle of the corridor, the last at the finish. The car aims at
-    the second one after the nearest, which cuts the corners a little: the first would be too near
-    for the slow steering.
+    Waypoints lie about 1 m apart, from the wall behind the start along the corridor's middle to the
+    finish. The car aims at the second one after the nearest, which cuts the corners a little: the
+    first would be too near for the steering, which pybullet's default gain makes slow.
     """
 
     WAYPOINTS = np.array(
@@ -473,7 +473,7 @@ class WaypointController:
 
 
 def progress(observation: np.ndarray) -> float:
-    """The share of the track that a car has behind it, by its nearest waypoint; 1 at the finish."""
+    """For evaluation: the share of the track behind a car, by nearest waypoint; 1 at the finish."""
     if math.dist(observation[:2], FINISH) <= FINISH_RADIUS:
         return 1.0
     distances = np.hypot(*(WaypointController.WAYPOINTS - observation[:2]).T)

@@ -293,6 +293,9 @@ def test_the_vector_form_is_single_environments_that_rest_when_over():
     assert envs.render_mode == "rgb_array"  # wrappers ask for it
     with pytest.raises(ValueError, match=r"reset_mask must be \(3,\) bool"):
         envs.reset(options={"reset_mask": [0, 2]})
+    for seeds in ([1, 2], [1, 2, 3, 4]):
+        with pytest.raises(ValueError):
+            envs.reset(seed=seeds)
     envs.close()
 
 
