@@ -92,7 +92,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=number(int, 1), default=20, help="iterations (the harness's steps)")
     flag("--num-envs", type=number(int, 1, 10_000), default=20, help="trajectories in an iteration")
     flag("--noise", type=number(float, 0), default=0.5, help="largest std of a roll-in's noise")
-    flag("--switch", type=number(int, 1), default=1_000, help="the expert takes over before it")
+    flag("--switch", type=number(int, 1), default=1_000, help="expert takes over before this step")
     flag("--gamma", type=number(float, 0, 0.9999), default=0.99, help="discount factor")
     flag("--critic-hidden", type=number(int, 1, 4_096), default=128, help="width of both layers")
     flag("--critic-updates", type=number(int, 1), default=1_000, help="in an iteration")
@@ -188,7 +188,7 @@ def fitted_q_loss(critics, target, batch, gamma):
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
         following = target(batch["next_observations"], batch["next_expert_actions"])  # (2, batch)
-        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)
+        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)  # of NaN: 0
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
@@ -318,7 +318,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())
+            target.module.load_state_dict(critics.state_dict())  # for the first update
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -404,7 +404,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # add_settings parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.evaluate:  # without --env-id: on the file's task
@@ -454,7 +454,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
+        return policy, saved["env_id"].split(":")[-1]  # a file may import no module
 
 
 def sizes(env_id):

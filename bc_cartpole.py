@@ -144,7 +144,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # a plain copy
+        observations = np.array(observations, np.float32, order="C")  # a copy that from_numpy takes
         observations = torch.from_numpy(observations).to(self.low.device)
         if sample:
             return self.to_env(self(observations).sample())
@@ -202,7 +202,7 @@ def train(args):
     best.register_buffer("loss", torch.tensor(math.inf))
     fifth, rows = len(actions) // 5, torch.randperm(len(actions))  # by --seed: the same if resumed
     checked, learnt = rows[: max(fifth, 1)], rows[fifth:]  # below five pairs, one is in both
-    run.start(policy=policy, average=average, best=best, optimizer=optimizer)  # or loads: --resume
+    run.start(policy=policy, average=average, best=best, optimizer=optimizer)  # --resume loads them
 
     while run.steps < args.total_steps:
         rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
@@ -219,7 +219,7 @@ def train(args):
                 if loss < best.loss:
                     best[0].load_state_dict(average.state_dict())
                     best.loss.copy_(loss)
-                if run.held_out:  # other episodes, for the log alone; of the policy, no average
+                if run.held_out:  # other episodes, for the log; of the policy, not the average
                     seen, taken, *_ = tensors(run.held_out, args.device)
                     loss = behavioural_cloning_loss(policy, seen, policy.from_env(taken))
                     scalars["losses/held_out"] = float(loss)
@@ -297,7 +297,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # add_settings parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.evaluate:  # without --env-id: on the file's task
@@ -347,7 +347,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
+        return policy, saved["env_id"].split(":")[-1]  # a file may import no module
 
 
 def sizes(env_id):

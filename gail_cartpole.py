@@ -182,7 +182,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, ...)"""
-        observations = np.array(observations, np.float32, order="C")  # a plain copy
+        observations = np.array(observations, np.float32, order="C")  # a copy that from_numpy takes
         observations = torch.from_numpy(observations).to(self.low.device)
         if sample:
             return self.to_env(self(observations).sample())
@@ -333,7 +333,7 @@ class Environments:
 
     def __init__(self, env_id, num_envs):
         self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        # Called by train or, if that fails, once self is forgotten, to end a task's processes.
+        # Called by train, or once self is gone, to end a task's processes: it must not hold self.
         self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
         self.space, shape = envs[0].action_space, envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
@@ -379,7 +379,7 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Returns [observations, actions, next observations (at an end, the last ones), terminated,
+    """[observations, actions, next observations (at an end: the episode's last), terminated,
     truncated], (num_steps, num_envs, ...) each; and each ended episode's (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
@@ -552,7 +552,7 @@ def train(args):
             if args.control == "constant-reward":
                 rewards = torch.ones_like(rewards)
             end_logits = discriminator(discriminator.absorbing_pairs(pairs))
-            end_values = absorbing * imitation_reward(end_logits, args.reward)  # used at ends alone
+            end_values = absorbing * imitation_reward(end_logits, args.reward)  # 0 if not absorbing
             values, next_values = critic(observations), critic(next_observations)
             next_values = torch.where(terminated, end_values, next_values)
             scaled = rewards * (1 - args.gamma)
@@ -655,7 +655,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # add_settings parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.evaluate:  # without --env-id: on the file's task
@@ -705,7 +705,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
+        return policy, saved["env_id"].split(":")[-1]  # a file may import no module
 
 
 def sizes(env_id):

@@ -137,7 +137,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n,)"""
-        observations = np.array(observations, np.float32, order="C")  # a plain copy
+        observations = np.array(observations, np.float32, order="C")  # a copy that from_numpy takes
         distribution = self(torch.from_numpy(observations).to(self.standardise.mean.device))
         actions = distribution.sample() if sample else distribution.mode
         return actions.cpu().numpy() + self.settings["low"]
@@ -287,7 +287,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # add_settings parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.evaluate:  # without --env-id: on the file's task
@@ -337,7 +337,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
+        return policy, saved["env_id"].split(":")[-1]  # a file may import no module
 
 
 def sizes(env_id):

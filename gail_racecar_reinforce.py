@@ -164,7 +164,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, sample=False):
         """Actions for the environment, greedy or sampled; NumPy: (n, 9) -> (n, 2)"""
-        observations = np.array(observations, np.float32, order="C")  # a plain copy
+        observations = np.array(observations, np.float32, order="C")  # a copy that from_numpy takes
         distribution = self(torch.from_numpy(observations).to(self.std.device))
         return self.to_env(distribution.sample() if sample else distribution.mean)
 
@@ -308,7 +308,7 @@ class Environments:
 
 @torch.no_grad()
 def rollout(envs, policy, num_steps, device):
-    """Returns [observations, actions, next observations (at an end, the last ones), terminated,
+    """[observations, actions, next observations (at an end: the episode's last), terminated,
     truncated], (num_steps, num_envs, ...) each; and each ended episode's (return, length)."""
     frames, ended = [], []
     for _ in range(num_steps):
@@ -557,7 +557,7 @@ def parse_args(argv=None):
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
     add_settings(parser, argv)
-    flag("-h", "--help", action="help", help="show these flags, and stop")  # last: that parses
+    flag("-h", "--help", action="help", help="show these flags, and stop")  # add_settings parses
     args = parser.parse_args(argv)
     check("" not in vars(args).values(), "a flag with an empty value, expected a name")
     if args.evaluate:  # without --env-id: on the file's task
@@ -607,7 +607,7 @@ def load_policy(path):
         policy.load_state_dict(saved["weights"])
         sound = all(x.isfinite().all() for x in policy.state_dict().values())
         check(sound, "weights that are NaN or infinite, expected finite ones")
-        return policy, saved["env_id"].split(":")[-1]  # no MODULE: a file imports none
+        return policy, saved["env_id"].split(":")[-1]  # a file may import no module
 
 
 def sizes(env_id):

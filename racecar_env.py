@@ -6,7 +6,7 @@ module registers the environment; `gymnasium.make("racecar_env:RaceCar-v0")` doe
     observation (9,) float32   x, y (m), vx, vy (m/s), yaw (rad), then the angles (rad) and the
                                velocities (rad/s) of the left and the right steering joint
     action (2,) float32        steering in [-1, 1] rad (positive: right), throttle in [0, 1]
-    reward                     -1 at a wall, +3 at the finish (both terminate), else 0; and coins
+    reward                     -1 at a wall, +3 at the finish (both terminate), else 0, plus coins
     truncated                  after max_steps = 2,000 steps
     info                       steps (int), position (x, y, z) in metres, is_success (bool)
 
@@ -250,7 +250,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.steps += 1
         observation = self._observe(physics)  # and self._position
 
-        # It sees the pose just reached; getContactPoints would see the one before this step.
+        # getClosestPoints sees the pose just reached; getContactPoints the one before this step.
         at_wall = bool(physics.getClosestPoints(self.car, self.walls, 0.0))
         at_finish = not at_wall and math.dist(self._position[:2], FINISH) <= FINISH_RADIUS
         reward = WALL_REWARD * at_wall + FINISH_REWARD * at_finish + self._collect_coins(physics)
@@ -343,7 +343,7 @@ def _steering_and_throttle(action: Any) -> tuple[float, float]:
     try:
         steering, throttle = np.asarray(action).tolist()
         valid = np.shape(action) == (2,) and math.isfinite(steering) and math.isfinite(throttle)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # (a tensor with a gradient)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: of a tensor with grad
         valid = False
     if not valid:
         raise ValueError(f"action must be 2 finite numbers, steering and throttle, got {action!r}")
