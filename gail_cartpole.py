@@ -15,16 +15,16 @@ Algorithm 1) repeats:
     uv run gail_cartpole.py --env-id Hopper-v5        with uv, which installs all that it needs
 
 On CartPole expect a return of 500. By itself that proves nothing: `--control constant-reward
---bc-weight 0` ignores what the expert does, and balances as well. So summary.json says how far a
-policy's pairs are from the expert's, too. `occupancy_distance` is 0 for those of the expert, and 1
-for those of a random policy. docs/gail_cartpole.md has the results.
+--bc-weight 0` ignores the expert's actions, and balances as well. So summary.json has a distance
+between a policy's pairs and the expert's, too: `occupancy_distance`, 0 for the expert, 1 for a
+random policy. docs/gail_cartpole.md defines it, and has the results.
 
 Deviations from the paper, by their numbers in the code: (1) in place of TRPO, PPO (with a limit on
 the KL divergence) or REINFORCE; (2) a gradient penalty on D; (3) twenty D updates per rollout;
-falling step sizes of policy and critic; (4) an entropy bonus for Discrete actions only, of each
-step alone; (5) an average of the policies is kept; (6) other reward forms; with --absorbing a
-reward for the state after a termination, and a D that learns from ten rollouts; (7) a cloning loss
-is added in step 4: --bc-weight 0 is GAIL alone (REINFORCE's default).
+falling step sizes of policy and critic; (4) an entropy bonus for Discrete actions only, without
+later steps' entropy; (5) an average of the policies is kept; (6) other reward forms; where expert
+episodes terminate, a reward for the state after that, and a D that learns from ten rollouts; (7) a
+cloning loss is added in step 4: --bc-weight 0 is GAIL alone (REINFORCE's default).
 """
 
 # /// script
@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=size, default=256, help="pairs in one update")
-    flag("--clip", type=real, default=0.2, help="PPO's epsilon: ratios count up to 1 - it, 1 + it")
+    flag("--clip", type=real, default=0.2, help="PPO's epsilon: ratios gain up to 1 - it, 1 + it")
     flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
     flag("--entropy", type=real, default=0.03, help="weight of its bonus; Discrete only")
     flag("--bc-weight", type=real, default=1.0, help="of cloning, at the start; 0: none")
@@ -117,12 +117,12 @@ def add_settings(parser, argv):
     flag("--control", choices=controls, default="none", help="for comparison; add --bc-weight 0")
     # Defaults that depend on other flags. A flag given still wins.
     given, _ = parser.parse_known_args(argv)
-    if given.num_pairs:  # the harness's flag: only so many pairs of each demonstration
+    if given.num_pairs:  # a flag of the harness, added before: so many pairs of each demonstration
         # They are soon memorised, so less cloning. D's rewards are noisy, so a shorter horizon.
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if given.policy_gradient == "reinforce":  # one large step a rollout
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
-        # Lambda 1: returns without the critic's guesses. They vary more; a lower gamma: less.
+        # Lambda 1: few of the critic's guesses in returns. They vary more; a lower gamma: less.
         parser.set_defaults(policy_lr=1e-2, gamma=0.97, gae_lambda=1.0, bc_weight=0.0)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
@@ -161,7 +161,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these beside the weights, so low and high, below, need not be there twice.
+        # policy.pt has these, too; so its weights leave out low and high: persistent=False, below.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -221,8 +221,7 @@ class Discriminator(nn.Module):
         """What D sees: the observation, standardised; the action, one-hot or clipped; flag 0.
         (..., inputs) and (...) or (..., action) -> (..., size of a pair)"""
         actions = F.one_hot(actions, self.action_size) if self.discrete else actions.clamp(-1, 1)
-        flag = torch.zeros_like(observations[..., :1])
-        return torch.cat([self.standardise(observations), actions, flag], -1)
+        return F.pad(torch.cat([self.standardise(observations), actions], -1), (0, 1))
 
     def absorbing_pairs(self, pairs):
         """The absorbing states, if episodes terminate after these pairs: their observations times
@@ -231,17 +230,16 @@ class Discriminator(nn.Module):
         The pair's own observation, as demonstrations do not hold what the last step led to. Times
         end_scale, as D would else memorise the expert's few ends and reward no others, so policies
         would avoid every end. Made small, they still tell a crash from a landing."""
-        observations = pairs[..., : -1 - self.action_size]
-        after = F.pad(self.end_scale * observations, (0, self.action_size))
-        return F.pad(after, (0, 1), value=1.0)
+        after = self.end_scale * pairs[..., : -1 - self.action_size]
+        return F.pad(F.pad(after, (0, self.action_size)), (0, 1), value=1.0)
 
     def add_absorbing_pairs(self, pairs, terminated, gamma):
         """Append the absorbing states after terminations: (n, size), (n,) -> (more, size).
 
         Such a state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps,
-        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0, or at every
-        end the same: 1; or, with --num-pairs, which keeps all the expert's ends but only a share
-        of its pairs, this share, say 0.05. Then D sees 5 % of the copies: max() reads the share."""
+        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0 or, at an
+        end, 1. Where --num-pairs keeps of an expert's pairs a share, say one in twenty, but all
+        ends, it is this share, 0.05, at every end: then D sees a twentieth of the copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
@@ -251,7 +249,7 @@ class Recent(list):
     by chance: after few, D would reward an end too much; after many, too little."""
 
     rollouts = 10  # so many are kept: train removes the older ones
-    state_dict, load_state_dict = list.copy, list.extend  # for Run's checkpoints
+    state_dict, load_state_dict = list.copy, list.extend  # Run calls them, to save and to load
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -329,11 +327,11 @@ def move_average(average, policy, rate):
 
 class Environments:
     """Environments side by side; rollout() begins an episode where one ended. A checkpoint holds
-    each episode's seed and actions, to replay it. (Gymnasium's vector environments hide seeds.)"""
+    each episode's seed and actions, to replay it. (Vector environments hide later seeds.)"""
 
     def __init__(self, env_id, num_envs):
         self.envs = envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        # Called by train, or once self is gone, to end a task's processes: it must not hold self.
+        # Called by train; else once self is gone, or Python ends. So it must not hold self.
         self.close = weakref.finalize(self, lambda: [env.close() for env in envs])
         self.space, shape = envs[0].action_space, envs[0].observation_space.shape
         self.observations = np.zeros((num_envs, *shape), np.float32)
@@ -342,9 +340,9 @@ class Environments:
         # see one part at a time. So the first episodes are cut, at different lengths.
         longest = envs[0].spec.max_episode_steps or 0
         for i in range(num_envs):
-            self.begin(i, cut=longest * i // num_envs)
+            self.restart(i, cut=longest * i // num_envs)
 
-    def begin(self, i, seed=None, cut=0):
+    def restart(self, i, seed=None, cut=0):
         """Reset one environment, by default with a new seed; truncate after `cut` steps, if any."""
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.cuts[i], self.actions[i], self.returns[i] = seed, cut, [], 0.0
@@ -367,11 +365,11 @@ class Environments:
         missed = 0
         for i, actions in enumerate(state["actions"]):
             with contextlib.suppress(Exception):  # of a replay that goes on after an early end
-                self.begin(i, state["seeds"][i], state["cuts"][i])
+                self.restart(i, state["seeds"][i], state["cuts"][i])
                 for action in actions:
                     self.advance(i, action)
             if self.observations[i].tolist() != state["observations"][i]:
-                self.begin(i)
+                self.restart(i)
                 missed += 1
         if missed:
             say(f"{missed} episodes cannot be replayed in this task: new ones begin")
@@ -388,12 +386,11 @@ def rollout(envs, policy, num_steps, device):
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
         taken = policy.to_env(actions).tolist()  # plain numbers, for the checkpoint
-        ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
-        # ends.T: terminated, truncated, (num_envs,) each
-        frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
-        for i in np.flatnonzero(ends.any(1)):
+        ends = np.array([envs.advance(*each) for each in enumerate(taken)], bool).T  # (2, num_envs)
+        frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends))
+        for i in np.flatnonzero(ends.any(0)):
             ended.append((envs.returns[i], len(envs.actions[i])))
-            envs.begin(i)
+            envs.restart(i)
     return [torch.as_tensor(np.stack(column), device=device) for column in zip(*frames)], ended
 
 
@@ -422,16 +419,16 @@ def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, a
     return {"losses/discriminator": float(total) / args.discriminator_updates}
 
 
-def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
+def update_policy(policy, critic, optimizer, columns, expert, share, args):
     """Step 4. PPO: policy and critic take a step on each minibatch, --epochs times. REINFORCE: the
     policy takes one step on the whole rollout, and the minibatches are the critic's alone.
 
     DEVIATION (1): clipping does not bound a policy's change. So the KL is estimated after a pass:
     once it is above --target-kl times the action's dimensions, the other passes train the critic
-    alone (the policy gets no gradient, so Adam leaves it as it is).
-    DEVIATION (7): a cloning loss is added, with a weight that falls (as in Jena et al. 2020). With
-    GAIL alone a policy must find the expert's actions by chance; with cloning alone it errs where
-    the expert never was. `expert`: the expert's (observations, actions)."""
+    alone (zero_grad has left the policy's gradients at None, and Adam skips such parameters).
+    DEVIATION (7): a cloning loss is added; its weight falls to a `share` (as in Jena et al. 2020).
+    With GAIL alone a policy must find the expert's actions by chance; with cloning alone it errs
+    where the expert never was. `expert`: the expert's (observations, actions)."""
     observations, actions, advantages, returns = columns
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     old_log_probs = policy(observations).log_prob(actions).detach()
@@ -446,10 +443,10 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
             loss = reinforce_loss(log_probs, advantages[rows])
         # DEVIATION (4). A Gaussian's entropy has no bound: its samples would leave the box.
         total = loss - (args.entropy * new.entropy().mean() if policy.discrete else 0.0)
-        if bc_weight:
+        if args.bc_weight:
             drawn = torch.randint(len(expert[0]), (CLONING_BATCH,))
             pairs = [column[drawn] for column in expert]
-            total = total + bc_weight * behavioural_cloning_loss(policy, *pairs)
+            total = total + args.bc_weight * share * behavioural_cloning_loss(policy, *pairs)
         return loss, total
 
     if args.policy_gradient == "reinforce":
@@ -466,7 +463,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # as -log_ratio's, less noisy
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -476,7 +473,7 @@ def update_policy(policy, critic, optimizer, columns, expert, bc_weight, args):
 
 
 def diagnose(scalars, args, terminating):
-    """Advice for a run that is not solved, from the scalars at its last evaluation."""
+    """Advice from the last evaluation's scalars; `finish` prints it if the run is not solved."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     accuracies = [scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")]
     if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
@@ -491,8 +488,8 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # (pairs, ...) each. `ends` is 0, or above 0 where an episode terminates: add_absorbing_pairs.
-    expert_observations, expert_actions, _rewards, ends, _ = tensors(run.episodes, args.device)
+    # `ends`, (pairs,), is 0; where an episode terminates 1, or the share that --num-pairs keeps.
+    expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
     policy.standardise.measure(expert_observations)
@@ -520,7 +517,6 @@ def train(args):
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, 0.02)  # DEVIATIONS (3), (7): falls to 2 %
-        bc_weight = args.bc_weight * share
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
 
@@ -528,7 +524,7 @@ def train(args):
         # state. The price: D and the charts see only the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             for i in range(args.num_envs):
-                envs.begin(i)
+                envs.restart(i)
         frames, ended = rollout(envs, policy, args.num_steps, args.device)
         observations, actions, next_observations, terminated, truncated = frames
         run.steps += args.num_steps * args.num_envs
@@ -540,7 +536,7 @@ def train(args):
             longer = [discriminator.add_absorbing_pairs(*each, args.gamma) for each in recent]
             policy_pairs = torch.cat(longer).to(args.device)
 
-        # 2. Train the discriminator, twenty times: DEVIATION (3).
+        # 2. Train the discriminator, by default twenty times: DEVIATION (3).
         scalars = update_discriminator(discriminator, d_optimizer, expert_pairs, policy_pairs, args)
 
         # 3. Reward each pair; compute advantages. Rewards are scaled by 1 - gamma, so a value is a
@@ -564,7 +560,7 @@ def train(args):
 
         # 4. Take a policy gradient step on the advantages.
         columns = [x.flatten(0, 1) for x in (observations, actions, advantages, returns)]
-        scalars |= update_policy(policy, critic, optimizer, columns, expert, bc_weight, args)
+        scalars |= update_policy(policy, critic, optimizer, columns, expert, share, args)
 
         # DEVIATION (5): an average of all policies is kept. By this rate (1 for the first of them)
         # the k-th counts about k^power times (Shamir & Zhang 2013, section 4).
@@ -581,7 +577,7 @@ def train(args):
             scalars |= zip(charts, np.mean(ended, 0).tolist())
         run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()
-    # run.curve: each evaluation's scalars; empty if a run is resumed only to end before the first.
+    # run.curve: each evaluation's scalars; empty if --resume lowered the budget before the first.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 

@@ -278,7 +278,7 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 class Environments:
     """Environments side by side; rollout() begins an episode where one ended. A checkpoint holds
-    each episode's seed and actions, to replay it. (Gymnasium's vector environments hide seeds.)"""
+    each episode's seed and actions, to replay it. (Vector environments hide later seeds.)"""
 
     def __init__(self, env_id, num_envs):
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
@@ -286,9 +286,9 @@ class Environments:
         self.observations, self.returns = np.zeros((num_envs, *shape), np.float32), [0.0] * num_envs
         self.seeds, self.actions = [None] * num_envs, [None] * num_envs
         for i in range(num_envs):
-            self.begin(i)
+            self.restart(i)
 
-    def begin(self, i, seed=None):
+    def restart(self, i, seed=None):
         seed = int(torch.randint(EVALUATION_SEEDS, ())) if seed is None else seed
         self.seeds[i], self.actions[i], self.returns[i] = seed, [], 0.0
         self.observations[i], _ = self.envs[i].reset(seed=seed)
@@ -306,7 +306,7 @@ class Environments:
 
     def load_state_dict(self, state):
         for i, (seed, actions) in enumerate(zip(state["seeds"], state["actions"])):
-            self.begin(i, seed)
+            self.restart(i, seed)
             for action in actions:
                 self.advance(i, action)  # the race car's replay is exact
 
@@ -322,12 +322,11 @@ def rollout(envs, policy, num_steps, device):
             raise Failed("an observation is NaN or infinite")
         actions = policy(torch.as_tensor(observations, device=device)).sample()
         taken = policy.to_env(actions).tolist()  # plain numbers, for the checkpoint
-        ends = np.array([envs.advance(i, action) for i, action in enumerate(taken)], bool)
-        # ends.T: terminated, truncated, (num_envs,) each
-        frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends.T))
-        for i in np.flatnonzero(ends.any(1)):
+        ends = np.array([envs.advance(*each) for each in enumerate(taken)], bool).T  # (2, num_envs)
+        frames.append((observations, actions.cpu().numpy(), envs.observations.copy(), *ends))
+        for i in np.flatnonzero(ends.any(0)):
             ended.append((envs.returns[i], len(envs.actions[i])))
-            envs.begin(i)
+            envs.restart(i)
     return [torch.as_tensor(np.stack(column), device=device) for column in zip(*frames)], ended
 
 
