@@ -155,14 +155,14 @@ class Policy(Standardised):
 
     @torch.no_grad()
     def act(self, observations, sample=False):
-        """Actions for the environment, greedy or sampled; NumPy: (n, inputs) -> (n, outputs)."""
+        """For evaluations: actions, greedy or sampled; NumPy: (n, inputs) -> (n, outputs)."""
         seen = torch.tensor(np.array(observations, np.float32, order="C"), device=self.low.device)
         return self.to_env(self.sample(seen) if sample else self.greedy(seen))
 
     def to_env(self, actions):
         """From [-1, 1] to the box, as NumPy. Raises Failed on NaN: Box2D would end the process."""
         if not actions.isfinite().all():
-            raise Failed("an action is NaN or infinite, as an observation or a weight must be")
+            raise Failed("an action is NaN, as an observation or a weight is NaN or infinite")
         return torch.lerp(self.low, self.high, (actions + 1) / 2).cpu().numpy()
 
 
@@ -188,15 +188,15 @@ def fitted_q_loss(critics, target, batch, gamma):
     the learner acted, so that what is learnt is the expert's Q. -> ()"""
     with torch.no_grad():
         following = target(batch["next_observations"], batch["next_expert_actions"])  # (2, batch)
-        targets = batch["rewards"] + gamma * torch.where(batch["fell"], 0.0, following)  # of NaN: 0
+        targets = batch["rewards"] + gamma * following.masked_fill(batch["fell"], 0)  # a NaN, too
     return F.mse_loss(critics(batch["observations"], batch["actions"]), targets)
 
 
 def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
     """anchor * (distance to the expert's action)^2 - weight * A* of the learner's own actions.
 
-    With a weight of 0 it is DAgger's (Ross et al. 2011). The expert is deterministic, so V*(s) is
-    Q*(s, its action). DEVIATIONS (1) to (3): the gradient goes through Q*, and the anchor holds the
+    The weight is 1 - alpha; 0 gives DAgger's (Ross et al. 2011). The expert is deterministic: V*(s)
+    is Q*(s, its action). DEVIATIONS (1) to (3): the gradient goes through Q*; the anchor holds the
     learner near the data of Q*. states, expert_actions: (batch, ...) -> ()"""
     distances = (policy.greedy(states) - expert_actions).square().sum(-1)
     if not weight:
@@ -207,7 +207,7 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
     return (args.anchor * distances - weight * advantages).mean()
 
 
-# --- roll-in (from the harness: EVALUATION_SEEDS; begin and take, which are reset and step) -------
+# --- roll-in (EVALUATION_SEEDS: evaluation's begin there; begin, take: the harness's reset, step) -
 
 
 @torch.no_grad()
@@ -224,8 +224,8 @@ def roll_in(policy, expert, alpha, args):
         scale = 0.0 if dagger else args.noise * torch.rand(())
         noise = torch.randn(len(policy.low))
         env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D keeps state over resets
-        (observation, _), over, step = begin(env, seed), False, 0
-        while not over:
+        observation, _ = begin(env, seed)
+        for step in range(LONGEST):
             seen = torch.tensor(observation, dtype=torch.float32, device=args.device)  # a copy
             action = (starter if step < switch else expert).greedy(seen).cpu()
             if step < switch:
@@ -233,17 +233,16 @@ def roll_in(policy, expert, alpha, args):
                 noise = 0.8 * noise + 0.6 * torch.randn_like(noise)  # correlated, deviation 1
             executed = policy.to_env(action.to(args.device))  # the expert has the same box
             observation, reward, terminated, truncated, _ = take(env, executed)
-            step += 1
-            over = terminated or truncated or step == LONGEST
             fell = bool(is_fall(args.env_id, reward, terminated))
             outcome = np.float32(reward), fell, np.array(observation, np.float32)
             frames.append((seen.cpu().numpy(), action.numpy(), *outcome))
+            if terminated or truncated:
+                break
         env.close()
     names = ("observations", "actions", "rewards", "fell", "next_observations")
     batch = {name: torch.as_tensor(np.stack(x)) for name, x in zip(names, zip(*frames))}
-    for when in ("", "next_"):
-        states = batch[f"{when}observations"].to(args.device)
-        batch[f"{when}expert_actions"] = expert.greedy(states).cpu()
+    batch["expert_actions"] = expert.greedy(batch["observations"].to(args.device)).cpu()
+    batch["next_expert_actions"] = expert.greedy(batch["next_observations"].to(args.device)).cpu()
     return batch
 
 
@@ -298,8 +297,8 @@ def train(args):
     run = Run(args)  # seeds torch, walks with the expert (a Policy); has the sizes and the counts
     expert = run.expert.to(args.device)
     low, high, inputs = run.sizes["low"], run.sizes["high"], run.sizes["inputs"]
-    policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high)
-    best = copy.deepcopy(policy.to(args.device))  # to() moves both
+    policy = Policy([inputs, args.hidden, args.hidden, len(low)], "relu", low, high).to(args.device)
+    best = copy.deepcopy(policy)
     critics = Critics([inputs + len(low), *[args.critic_hidden] * 2, 1]).to(args.device)
     target = AveragedModel(critics, multi_avg_fn=get_ema_multi_avg_fn(TARGET_DECAY))
     transitions = Transitions()
@@ -318,7 +317,7 @@ def train(args):
             pairs = torch.cat([batch["observations"], batch["actions"]], -1)
             for network in critics.networks:
                 network.measure(pairs)
-            target.module.load_state_dict(critics.state_dict())  # for the first update
+            target.module.load_state_dict(critics.state_dict())  # later, update_parameters does it
         transitions.add(batch)
         run.env_steps += len(batch["rewards"])
         run.steps += 1
@@ -332,7 +331,7 @@ def train(args):
         weight = 0.0 if args.algorithm == "dagger" else 1 - alpha
         scalars |= improve(policy, critics, optimizer, transitions, weight, args)
 
-        # 4. Validate every --eval-every iterations and at the end; `best` has the best mean return.
+        # 4. Validate, every --eval-every iterations and at the end; `best` becomes the best so far.
         run.record(scalars, policy, best)
     return run.finish(best)
 

@@ -75,16 +75,16 @@ from racecar_env import FINISH, FINISH_RADIUS
 SCRIPT = "gail_racecar_reinforce"
 SIDE_BY_SIDE = 5  # environments in an evaluation; each takes 36 MB
 FINAL_LR = 0.05  # D's step size falls to this share over --schedule, the policy's to its square
-STD, FINAL_STD = 0.3, 0.045  # of the actions; falls over --schedule: explore, then be precise
+STD, FINAL_STD = 0.3, 0.045  # of actions, in the policy's units; falls over --schedule
 AVERAGE = 0.98  # the policy that is kept: a moving average over about 50 iterations
 METRE = 2  # one metre, as policy and critic see it; if small, they steer too softly
-# D's inputs are divided by these, two each: place (0.2 m), velocity, sine and cosine, steering
-# angles, steering rates, action; at last the absorbing states' flag. The gradient penalty lets one
-# such unit change the logit by about 1.
+# D's inputs, Features' and more, are divided by these, two each: place (0.2 m), velocity, sine and
+# cosine, steering angles, a tenth of their rates, action; then the absorbing states' flag. The
+# gradient penalty lets one such unit change the logit by about 1.
 UNITS = [0.2 * METRE] * 2 + [0.8, 0.8, 0.3, 0.3, 0.5, 0.5, 1, 1, 1, 1, 0.5]
 LOW, HIGH = (-1.0, 0.0), (1.0, 1.0)  # of steering and throttle
-# To compare. constant-reward: 1 a step, 0 after an end; frozen-discriminator: D is never trained;
-# shuffled-expert: the expert's actions are permuted, for --bc-updates as well.
+# To compare. constant-reward: 1 a step, 0 after an end; it and frozen-discriminator: D is never
+# trained; shuffled-expert: the expert's actions are permuted, for --bc-updates as well.
 CONTROLS = ("none", "constant-reward", "frozen-discriminator", "shuffled-expert")
 
 
@@ -93,7 +93,7 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="RaceCar-v0", num_demos=4)  # the harness's flags
     count, size, real = number(int, 1), number(int, 1, 10**6), number(float, 0)
     flag = parser.add_argument_group("policy").add_argument
-    flag("--total-steps", type=count, default=1_000_000, help="environment steps, in all")
+    flag("--total-steps", type=count, default=1_000_000, help="environment steps, rounded up")
     flag("--schedule", type=count, help="steps while std, policy's and D's step sizes fall")
     flag("--num-envs", type=number(int, 1, 500), default=16, help="environments side by side")
     flag("--num-steps", type=number(int, 3), default=64, help="steps of each, in a rollout")
@@ -115,7 +115,7 @@ def add_settings(parser, argv):
     flag("--discriminator-lr", type=real, default=1e-3, help="Adam's step size at the start")
     flag("--gradient-penalty", type=real, default=0.5, help="the penalty's weight; 0: none")
     flag("--control", choices=CONTROLS, default="none", help="remove what the expert teaches")
-    # The default is two budgets; what is given, or what --resume brings, takes its place.
+    # By default two budgets; --resume restores the run's own (in the harness).
     parser.set_defaults(schedule=2 * parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -140,7 +140,7 @@ def mlp(inputs, hidden, outputs):
 def spread(layer, inputs):
     """Set a first layer's biases so that each tanh is 0 at a random one of the inputs: (rows, in).
 
-    With PyTorch's own biases all are 0 near the track's origin, and far from it saturated: flat."""
+    With PyTorch's own biases most bend near place and speed 0, and far from there they are flat."""
     rows = torch.randint(len(inputs), layer.bias.shape, device=inputs.device)
     layer.bias.copy_(-(layer.weight * inputs[rows]).sum(-1))
 
@@ -206,7 +206,7 @@ class Discriminator(nn.Module):
         """Append 1 / (1 - gamma) pairs for each termination: (n, 13), (ends,) bool -> (more, 13).
 
         An absorbing state lasts for ever. Discounted from the end on, it is as much as 1 + gamma +
-        gamma^2 + ... = 1 / (1 - gamma) steps: so many times D sees it, and other pairs once."""
+        gamma^2 + ... = 1 / (1 - gamma) steps: D's batches draw from so many copies of it."""
         rows = round(1 / (1 - gamma))
         return torch.cat([pairs, self.absorbing_pairs(finished).repeat(rows, 1)])
 
@@ -334,12 +334,6 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def minibatch(size, *columns):
-    """The same random rows of each column, with replacement: (n, ...) -> (size, ...)."""
-    rows = torch.randint(len(columns[0]), (size,))
-    return [column[rows] for column in columns]
-
-
 def update_discriminator(discriminator, optimizer, expert_pairs, policy_pairs, args):
     """Step 2, --discriminator-updates times. For the log: the mean loss, without the penalty."""
     if args.control in ("constant-reward", "frozen-discriminator"):
@@ -381,7 +375,7 @@ def update_policy(policy, critic, optimizer, observations, actions, advantages, 
 
 
 def diagnose(scalars):
-    """Advice for a run that is not solved, from the scalars at its last evaluation.
+    """Advice from the last evaluation's scalars; `finish` prints it if the run is not solved.
 
     A reward whose deviation is below a tenth of its mean pays all pairs nearly alike. If D is right
     about 99 of 100 pairs of both kinds, it hardly says which of the policy's are better."""
@@ -405,8 +399,7 @@ def train(args):
     layers = *mlp(10, args.hidden, 1), nn.Flatten(-2)  # (..., n, 1) -> (..., n)
     critic = nn.Sequential(Features(), *layers).to(args.device)  # (..., n, 9) -> (..., n)
     discriminator = Discriminator(args.hidden).to(args.device)
-    groups = [{"params": policy.parameters()}]
-    groups += [{"params": critic.parameters(), "lr": args.critic_lr}]
+    groups = {"params": policy.parameters()}, {"params": critic.parameters(), "lr": args.critic_lr}
     optimizer = torch.optim.Adam(groups, 1e-3, fused=True)  # 1e-3: for --bc-updates alone
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, fused=True)
     envs = Environments(args.env_id, args.num_envs)
@@ -418,7 +411,7 @@ def train(args):
     spread(discriminator.network[0], expert_pairs)
     for network in (critic, policy.network):
         spread(network[1], network[0](expert_observations))  # [0]: Features
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))  # first: a copy
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))  # 1st update copies
     absorbing = args.absorbing == "yes" and args.control != "constant-reward"
     if absorbing:
         check(not args.num_pairs, "--num-pairs: expected --absorbing no with it")
@@ -429,7 +422,8 @@ def train(args):
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "d_optimizer": d_optimizer}
     run.start(**parts)  # a checkpoint holds them; --resume loads them, and run.steps
     for _ in range(args.bc_updates if run.steps == 0 else 0):
-        descend(optimizer, behavioural_cloning_loss(policy, *minibatch(64, *expert)))
+        drawn = torch.randint(len(expert[0]), (64,))
+        descend(optimizer, behavioural_cloning_loss(policy, *[x[drawn] for x in expert]))
 
     while run.steps < args.total_steps:
         share = max(1 - run.steps / args.schedule, FINAL_LR)
@@ -480,7 +474,7 @@ def train(args):
         if ended:
             charts = "charts/episodic_return", "charts/episodic_length"
             scalars |= zip(charts, np.mean(ended, 0).tolist())
-        run.record(scalars, average.module)
+        run.record(scalars, average.module)  # logs; evaluates and saves when due
     for env in envs.envs:
         env.close()
     return run.finish(average.module, diagnose(run.curve[-1]) if run.curve else "")
