@@ -369,7 +369,8 @@ def explained(subject):
 def say(text, stream=None):
     """Print a line. A stream that is missing, closed or narrow must not end a run."""
     with contextlib.suppress(Exception):
-        print(text, file=stream, flush=True)
+        tqdm.write(text, stream)  # above a bar, if there is one
+        (stream or sys.stdout).flush()
 
 
 def number(kind, low, high=10**9):
@@ -389,7 +390,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
-    parser.error = lambda text: check(False, text)  # in place of 25 lines of usage
+    parser.error = lambda text: check(False, text)  # in place of the usage and SystemExit
     flag = parser.add_argument_group("task and run").add_argument
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
@@ -435,7 +436,7 @@ def write(path, content):
 
 
 def load(path, kind):
-    """A file of torch.save: a checkpoint has `parts`, a policy `settings`. Nothing is unpickled."""
+    """A file of torch.save, of plain values: a checkpoint has `parts`, a policy `settings`."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
@@ -522,10 +523,9 @@ def play(act, args, final=False, filmed=None):
 
 def score(name, episodes, **more):
     """Print and return statistics of episodes, and what more is known of them."""
-    returns = np.array([episode.rewards.sum() for episode in episodes], float)
-    lengths = [len(episode.rewards) for episode in episodes]
+    returns, lengths = np.array([(x.rewards.sum(), len(x.rewards)) for x in episodes], float).T
     result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes), **more}
+    result |= {"length_mean": float(lengths.mean()), "episodes": len(episodes), **more}
     success = np.mean([episode.is_success[-1] for episode in episodes])
     if not np.isnan(success):
         result["success_rate"] = float(success)
@@ -645,7 +645,6 @@ class Run:
         if not self.curve:  # until the first validation, the newest is the best
             best.load_state_dict(policy.state_dict())
         if due:
-            self.bar.clear()
             began = time.perf_counter()
             result = score(f"{now:>9,} steps  ", play(policy.act, args))
             self.wall_seconds += time.perf_counter() - began  # validating is part of the algorithm
@@ -660,9 +659,9 @@ class Run:
             saved |= {"settings": best.settings, "weights": best.state_dict()}
             write(self.folder / "policy.pt", saved)
             self.save()
+            if Run.stopped_by:
+                raise KeyboardInterrupt
         self.bar.update(now - self.bar.n)
-        if Run.stopped_by:
-            raise KeyboardInterrupt
         self.clock = time.perf_counter()  # saving does not count
 
     def finish(self, policy):
@@ -698,8 +697,7 @@ def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
     args.env_id = args.env_id or env_id
-    same = args.env_id.split(":")[-1] == env_id
-    check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
+    check(args.env_id.split(":")[-1] == env_id, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
@@ -715,11 +713,11 @@ def evaluate_file(args):
     film(policy, args, folder / "videos")
 
 
-def stop(number, frame):
+def stop(received, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
-    if number == signal.SIGTERM and os.getpid() != Run.process:  # a worker of the task's own
-        os._exit(143)
-    waits, Run.stopped_by = Run.stopped_by == 0, number
+    if os.getpid() != Run.process:  # a worker of the task's own; Ctrl-C reaches main, too
+        return received == signal.SIGTERM and os._exit(143)
+    waits, Run.stopped_by = Run.stopped_by == 0, received
     if not waits:
         raise KeyboardInterrupt
     say("stopping when this iteration has ended; once more: at once")
@@ -733,7 +731,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
+    threading.excepthook = lambda _: None  # TensorBoard's writer; save() fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)

@@ -514,7 +514,8 @@ def explained(subject):
 def say(text, stream=None):
     """Print a line. A stream that is missing, closed or narrow must not end a run."""
     with contextlib.suppress(Exception):
-        print(text, file=stream, flush=True)
+        tqdm.write(text, stream)  # above a bar, if there is one
+        (stream or sys.stdout).flush()
 
 
 def number(kind, low, high=10**9):
@@ -534,18 +535,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(SCRIPT + ".py", "%(prog)s [FLAG VALUE ...]", add_help=False)
     parser.description = (__doc__ or SCRIPT).splitlines()[0]  # python -OO has no docstrings
     parser.formatter_class, parser.allow_abbrev = argparse.ArgumentDefaultsHelpFormatter, False
-    parser.error = lambda text: check(False, text)  # in place of 25 lines of usage
+    parser.error = lambda text: check(False, text)  # in place of the usage and SystemExit
     flag = parser.add_argument_group("task and run").add_argument
     flag("--env-id", help="the task, as Gymnasium names it; module:Name-v0 imports the module")
     flag("--demos", metavar="FILE", help="learn from this .npz; None: experts/ENV_ID.npz")
     flag("--num-demos", type=number(int, 1), default=1, help="how many episodes of it")
-    flag("--num-pairs", type=number(int, 1), help="random pairs of each, with any end; None: all")
+    flag("--num-pairs", type=number(int, 1), help="random pairs of each, with its end; None: all")
     flag("--seed", type=number(int, 0, 99_999), default=1, help="fixes all randomness in a run")
     flag("--out", metavar="FOLDER", help="the run folder, a new one; None: a name in runs/")
     flag("--resume", metavar="FOLDER", help="go on with that run; its budget may be changed")
     flag("--evaluate", metavar="FILE", help="evaluate this policy.pt, greedy and sampled, and stop")
     flag("--eval-every", type=number(int, 1), help="steps; None: ten times in a run, if cheap")
-    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help="five times as many last")
+    flag("--eval-episodes", type=number(int, 2, 1_000), default=20, help="finally 5 times as many")
     flag("--capture-video", action="store_true", help="at the end, MP4s of three episodes")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks; cpu is fast")
     flag("--no-progress", action="store_true", help="no progress bar")
@@ -582,7 +583,7 @@ def write(path, content):
 
 
 def load(path, kind):
-    """A file of torch.save: a checkpoint has `parts`, a policy `settings`. Nothing is unpickled."""
+    """A file of torch.save, of plain values: a checkpoint has `parts`, a policy `settings`."""
     check(Path(path).is_file(), "not found, expected a file")  # a pipe could block
     with zipfile.ZipFile(path) as archive:
         check(archive.testzip() is None, "damaged, expected the file as it was written")
@@ -613,7 +614,7 @@ def sizes(env_id):
             low, high = int(taken.start), int(taken.start) + int(taken.n) - 1
         else:
             widths = np.float32(taken.high) - np.float32(taken.low) if flat[1] else [0]
-            fits = all(0 < 2 * width < math.inf for width in widths)  # in float32; twice: from_env
+            fits = all(0 < 2 * width < math.inf for width in widths)  # from_env doubles: in float32
             check(fits, f"actions {taken}, expected Discrete or a bounded, flat Box of floats")
             low, high = taken.low.tolist(), taken.high.tolist()
         (first, _), (second, *scalars, info) = begin(env, 0), take(env, taken, taken.sample())
@@ -624,8 +625,8 @@ def sizes(env_id):
         return {"inputs": seen.shape[0], "low": low, "high": high}
 
 
-# Arrays with a row for each step. is_success: the last is read, NaN if unknown. terminated: less
-# with --num-pairs.
+# Arrays with a row for each step. is_success: the last row counts, NaN if unknown. terminated: 0;
+# at an end 1, or with --num-pairs the share of pairs that it keeps.
 Episode = namedtuple("Episode", "observations actions rewards terminated is_success")
 
 
@@ -668,7 +669,7 @@ def load_demos(args, inputs, low, high):
     cut = len(episodes) - HELD_OUT * (len(episodes) >= args.num_demos + HELD_OUT)
     rng = np.random.default_rng(args.seed)
     chosen = [episodes[i] for i in rng.permutation(cut)[: args.num_demos]]
-    if args.num_pairs:  # an end stays, but weighs less: as few pairs are kept
+    if args.num_pairs:  # an end always stays, so it counts only as the share of pairs that do
         terminated *= args.num_pairs * len(chosen) / sum(map(len, chosen))
         with explained(f"--num-pairs {args.num_pairs}"):  # an episode that is shorter
             for i, rows in enumerate(chosen):
@@ -738,10 +739,9 @@ def play(act, args, final=False, filmed=None):
 
 def score(name, episodes, **more):
     """Print and return statistics of episodes, and what more is known of them."""
-    returns = np.array([episode.rewards.sum() for episode in episodes], float)
-    lengths = [len(episode.rewards) for episode in episodes]
+    returns, lengths = np.array([(x.rewards.sum(), len(x.rewards)) for x in episodes], float).T
     result = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-    result |= {"length_mean": float(np.mean(lengths)), "episodes": len(episodes), **more}
+    result |= {"length_mean": float(lengths.mean()), "episodes": len(episodes), **more}
     success = np.mean([episode.is_success[-1] for episode in episodes])
     if not np.isnan(success):
         result["success_rate"] = float(success)
@@ -752,8 +752,8 @@ def score(name, episodes, **more):
 
 def squared_energy_distance(x, y):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
-    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]  # not with itself
-    return np.float64(2 * torch.cdist(x, y).mean() - sum(within))
+    within = torch.pdist(x).mean() + torch.pdist(y).mean()
+    return np.float64(2 * torch.cdist(x, y).mean() - within)
 
 
 def occupancy_distances(held_out, samples):
@@ -813,7 +813,7 @@ class Run:
     """One run: its demonstrations, folder, log, curve, checkpoints (`kept` is in them), result."""
 
     kept = ("demos", "setup_seconds", "steps", "wall_seconds", "eval_seconds", "curve")
-    active = process = stopped_by = None  # the run, main's process, the signal to end it (or 0)
+    active = process = stopped_by = None  # run; main's process; signal that waits (0: it would)
 
     def __init__(self, args):
         self.args, self.clock = args, time.perf_counter()
@@ -885,7 +885,6 @@ class Run:
         cheap = args.eval_every or self.eval_seconds < self.wall_seconds / 5
         due = now >= args.total_steps or (cheap and now // every > last // every)
         if due:
-            self.bar.clear()
             with torch.random.fork_rng(devices=[]):  # a task may draw from torch's, too
                 result = score(f"{now:>9,} steps  ", play(policy.act, args))
             for name, value in result.items():
@@ -897,10 +896,10 @@ class Run:
             saved |= {"settings": policy.settings, "weights": policy.state_dict()}
             write(self.folder / "policy.pt", saved)
             self.save()
+            if Run.stopped_by:
+                raise KeyboardInterrupt
         self.bar.update(min(now, args.total_steps) - self.bar.n)
-        if Run.stopped_by:
-            raise KeyboardInterrupt
-        seed_others(args.seed + now)  # however often it was evaluated
+        seed_others(args.seed + now)  # as evaluating did, which must not change training
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
@@ -911,7 +910,7 @@ class Run:
         random, learner = (play(act, self.args, final=True) for act in (None, policy.act))
         samples = {"random": random, "expert": self.not_held_out, "learner": learner}
         distances = occupancy_distances(self.held_out, samples)
-        samples["expert"] = self.not_held_out + self.held_out
+        samples["expert"] = self.not_held_out + self.held_out  # all: for the return
         results = {x: score(x, samples[x], occupancy_distance=distances[x]) for x in samples}
         end = {"steps": self.steps, "wall_seconds": self.wall_seconds} | results["learner"]
         summary = self.facts | results | judge(self.curve or [end], advice, **results)
@@ -934,8 +933,7 @@ def evaluate_file(args):
     """Print what a policy.pt reaches, greedy and sampled; with --out, write it there, too."""
     policy, env_id = load_policy(args.evaluate)
     args.env_id = args.env_id or env_id
-    same = args.env_id.split(":")[-1] == env_id
-    check(same, f"{args.evaluate}: for {env_id}, not {args.env_id}")
+    check(args.env_id.split(":")[-1] == env_id, f"{args.evaluate}: for {env_id}, not {args.env_id}")
     torch.manual_seed(args.seed)
     policy.to(args.device)
     folder = Path(args.out or Path(args.evaluate).parent)
@@ -951,11 +949,11 @@ def evaluate_file(args):
     film(policy, args, folder / "videos")
 
 
-def stop(number, frame):
+def stop(received, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
-    if number == signal.SIGTERM and os.getpid() != Run.process:  # a worker of the task's own
-        os._exit(143)
-    waits, Run.stopped_by = Run.stopped_by == 0, number
+    if os.getpid() != Run.process:  # a worker of the task's own; Ctrl-C reaches main, too
+        return received == signal.SIGTERM and os._exit(143)
+    waits, Run.stopped_by = Run.stopped_by == 0, received
     if not waits:
         raise KeyboardInterrupt
     say("stopping when this iteration has ended; once more: at once")
@@ -969,7 +967,7 @@ def main(argv=None):
     with contextlib.suppress(ValueError):  # only a main thread may handle signals
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-    threading.excepthook = lambda _: None  # TensorBoard's; on a full disk the run fails, too
+    threading.excepthook = lambda _: None  # TensorBoard's writer; save() fails, too
     np.seterr(all="ignore")  # rewards may be infinite
     try:
         args = parse_args(argv)
