@@ -913,7 +913,7 @@ class Run:
             if Run.stopped_by:
                 raise KeyboardInterrupt
         self.bar.update(min(now, args.total_steps) - self.bar.n)
-        seed_others(args.seed + now)  # as evaluating did, which must not change training
+        seed_others(args.seed + now)  # evaluating seeds these, too: training must not notice
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
