@@ -9,11 +9,11 @@ pairs does not show this: their states, too, are the expert's. What is kept is a
 the policy's weights, as it was when its loss on a fifth of the pairs, set aside, was least.
 
     python bc_cartpole.py --total-steps 500         a quick try, 500 updates: a second of training
-    python bc_cartpole.py --num-demos 4             the default, 8,000 updates: four demonstrations
+    python bc_cartpole.py --num-demos 4             four demonstrations; 8,000 updates, the default
     python bc_cartpole.py --resume runs/FOLDER      go on where a run stopped
     python bc_cartpole.py --env-id Pendulum-v1      another task whose demonstrations are shipped
     python bc_cartpole.py --env-id mine:Task-v0 --demos mine.npz     your own task, in mine.py
-    uv run bc_cartpole.py --env-id Hopper-v5          with uv, which installs all that it needs
+    uv run bc_cartpole.py --env-id Hopper-v5        with uv, which installs all that it needs
 
 Any task with a flat Box of observations, and actions that are Discrete or a bounded Box. Expect on
 CartPole a return of about 410 of 500 from one demonstration, 500 from four, and 280 from 30 pairs
@@ -75,12 +75,7 @@ def add_settings(parser, argv):
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-steps", type=number(int, 1), default=8_000, help="updates of the policy, in all")
-    flag(
-        "--batch-size",
-        type=number(int, 1, 10**6),
-        default=64,
-        help="pairs in an update, drawn anew",
-    )
+    flag("--batch-size", type=number(int, 1, 10**6), default=64, help="pairs in an update")
     flag("--learning-rate", type=number(float, 0), default=3e-3, help="step size of Adam")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
 
@@ -115,15 +110,15 @@ class Policy(nn.Module):
     """A softmax over Discrete actions, here counted from 0; or a Gaussian over u, where tanh(u),
     scaled, is the action in the Box. to_env and from_env convert from and to these units.
 
-    Why tanh: SAC's experts add their noise to u. The mean of tanh(u + noise) is nearer to 0 than
-    tanh(u), so a policy that clones this mean is too timid (docs/studies/cloning.md).
+    Why tanh: in a Box, experts are often SAC's, whose noise is added to u. The mean of tanh(u +
+    noise) is nearer to 0 than tanh(u): a clone of it is too timid (docs/studies/cloning.md).
 
     Observations (..., inputs) -> a distribution; its samples: (...) or (..., size of an action).
     `low`, `high`: the first and last action (two ints), or the bounds of the box (two lists)."""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
-        # policy.pt holds these beside the weights, so low and high, below, need not be there twice.
+        # policy.pt has these, too; so its weights leave out low and high: persistent=False, below.
         self.settings = {"inputs": inputs, "low": low, "high": high, "hidden": hidden}
         self.discrete = isinstance(low, int)
         outputs = high - low + 1 if self.discrete else len(low)
@@ -132,13 +127,13 @@ class Policy(nn.Module):
         self.register_buffer("low", torch.tensor(low), persistent=False)
         self.register_buffer("high", torch.tensor(high), persistent=False)
         if not self.discrete:
-            self.log_std_before_tanh = nn.Parameter(torch.full((outputs,), -0.5))  # 0.6 + LEAST_STD
+            self.log_std_before_tanh = nn.Parameter(torch.full((outputs,), -0.5))  # std: 0.6 + 0.1
 
     def forward(self, observations):
         outputs = self.network(self.standardise(observations))
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
-        std = (LEAST_STD + self.log_std_before_tanh.exp()).expand_as(outputs)
+        std = LEAST_STD + self.log_std_before_tanh.exp()
         return Independent(Normal(outputs, std, validate_args=False), 1)
 
     @torch.no_grad()
@@ -173,12 +168,6 @@ def behavioural_cloning_loss(policy, observations, actions):
 # --- the algorithm --------------------------------------------------------------------------------
 
 
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 @torch.no_grad()
 def move_average(average, policy, rate):
     """Move the average's parameters towards the policy's, by the share `rate` of the way."""
@@ -197,7 +186,7 @@ def train(args):
     # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
     # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
-    # The average with the least loss on a fifth of the pairs, and this loss: checkpoints hold both.
+    # The average with the least loss on a fifth of the pairs, in a module that holds this loss.
     best = nn.Sequential(copy.deepcopy(policy))
     best.register_buffer("loss", torch.tensor(math.inf))
     fifth, rows = len(actions) // 5, torch.randperm(len(actions))  # by --seed: the same if resumed
@@ -207,7 +196,9 @@ def train(args):
     while run.steps < args.total_steps:
         rows = learnt[torch.randint(len(learnt), (args.batch_size,))]
         loss = behavioural_cloning_loss(policy, observations[rows], actions[rows])
-        descend(optimizer, loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         run.steps += 1
         move_average(average, policy, 1 / min(run.steps, AVERAGED))  # at first, the plain mean
 

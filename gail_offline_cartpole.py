@@ -3,12 +3,12 @@
 GAIL (Ho & Ermon 2016, https://arxiv.org/abs/1606.03476) without its environment. Repeat, on
 minibatches of the expert's states:
     1. the discriminator D learns to tell the expert's action there (label 1) from the policy's (0),
-    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions; what is
-       propagated back from its logits is the natural gradient in them.
+    2. the policy takes two Adam steps on the reward log D - log(1 - D) of its actions, along the
+       natural gradient in its logits (natural_policy_loss, below).
 Actions must be Discrete: then expectations over them are exact, and no action is sampled.
 
     python gail_offline_cartpole.py --total-steps 500       a quick try: a second of training
-    python gail_offline_cartpole.py --num-demos 4           the default budget, four demonstrations
+    python gail_offline_cartpole.py --num-demos 4           four demonstrations, the default budget
     python gail_offline_cartpole.py --resume runs/FOLDER    go on where a run stopped
     python gail_offline_cartpole.py --env-id Acrobot-v1     another task with Discrete actions
 
@@ -18,10 +18,10 @@ nothing is learnt about the states that errors lead to. Results: docs/gail_offli
 
 Deviations from the paper (whose labels are the other way round): (1) no environment; (2) D's logit
 is f - log pi(a|s), f its network (Fu et al. 2018, AIRL, section 4), so that f's target, log
-pi_expert, stands still while the policy moves: without that the two chase each other, and more
-updates help little; (3) exact expectations over actions; (4) the reward log D - log(1 - D) in place
-of -log(1 - D); (5) the natural gradient in the logits, of the immediate reward: no trust region, no
-line search, no return.
+pi_expert, stands still while the policy moves: were f D's logit, the two would chase each other,
+and longer training would help little; (3) exact expectations over actions; (4) the reward
+log D - log(1 - D) in place of -log(1 - D); (5) the natural gradient in the logits, of the immediate
+reward: no trust region, no line search, no return.
 """
 
 # /// script
@@ -68,27 +68,22 @@ from tqdm import tqdm
 
 SCRIPT = "gail_offline_cartpole"
 SIDE_BY_SIDE = 50  # environments in an evaluation
-FINAL_LR = 0.005  # both step sizes fall linearly to this share of their start
+FINAL_SHARE = 0.005  # both step sizes fall linearly to this share of their start
 LOG_EVERY = 100  # updates
 
 
 def add_settings(parser, argv):
-    """The algorithm's flags. `number`, `check`, `tensors` and `Run` are in the harness."""
+    """The algorithm's flags. number(type, least, most), check, tensors, Run: in the harness."""
     parser.set_defaults(env_id="CartPole-v1")
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-steps", type=number(int, 1), default=4_000, help="updates of D, in all")
     flag("--schedule", type=number(int, 1), help="updates of D in which both step sizes fall")
-    flag(
-        "--batch-size",
-        type=number(int, 1, 10**6),
-        default=64,
-        help="expert's states in a minibatch",
-    )
+    flag("--batch-size", type=number(int, 1, 10**6), default=64, help="states in a minibatch")
     flag("--policy-lr", type=number(float, 0), default=1e-2, help="Adam's step size at the start")
     flag("--discriminator-lr", type=number(float, 0), default=3e-3, help="the same for D")
     flag("--policy-updates", type=number(int, 1), default=2, help="for each update of D")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
-    # By default --schedule is --total-steps; the harness gives a resumed run the one that it had.
+    # By default --schedule is --total-steps; --resume restores the run's own (in the harness).
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
 
@@ -121,7 +116,7 @@ class Standardise(nn.Module):
 class Policy(nn.Module):
     """A softmax over Discrete actions, from `low` to `high`; the policy itself counts from 0.
 
-    Observations (..., inputs) -> a distribution over (...)"""
+    Observations (..., inputs) -> a distribution; its samples: (...)"""
 
     def __init__(self, inputs, low, high, hidden):
         super().__init__()
@@ -159,8 +154,8 @@ def expected_discriminator_loss(logits, expert_actions, log_probs):
 def natural_policy_loss(log_probs, rewards):
     """Its gradient in the logits is minus the expected reward's natural gradient (Kakade 2001).
 
-    It is rewards less their mean: the inverse of Fisher's matrix cancels pi(a|s). Rewards count as
-    constants, as their own gradient, that of -log pi, has mean 0 under pi. (batch, n) both -> ()"""
+    It is rewards less their mean over actions: Fisher's (pseudo-)inverse cancels pi(a|s). They are
+    constants: their own gradient, that of -log pi, has mean 0 under pi. (batch, n) both -> ()"""
     centred = rewards - rewards.mean(-1, keepdim=True)  # sum 0: so log pi's normaliser drops out
     return -(log_probs * centred.detach()).sum(-1).mean()
 
@@ -177,9 +172,8 @@ def descend(optimizer, loss):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    discrete = isinstance(run.sizes["low"], int)  # sizes: inputs, low, high
-    check(discrete, f"--env-id {args.env_id}: a Box of actions, expected Discrete ones")
-    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)
+    check(isinstance(run.sizes["low"], int), f"--env-id {args.env_id}: actions are not Discrete")
+    policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     observations, actions, *_ = tensors(run.episodes, args.device)  # (pairs, ...) each
     actions = actions - run.sizes["low"]
     policy.standardise.measure(observations)
@@ -187,11 +181,11 @@ def train(args):
     discriminator = nn.Sequential(policy.standardise, layers).to(args.device)  # f, not D's logits
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)  # step sizes: in the loop
     d_optimizer = torch.optim.Adam(discriminator.parameters(), fused=True)
-    parts = {"policy": policy, "discriminator": discriminator, "optimizer": optimizer}
-    run.start(**parts, d_optimizer=d_optimizer)  # a checkpoint holds them; --resume loads them
+    networks = {"policy": policy, "discriminator": discriminator}  # a checkpoint holds all four
+    run.start(**networks, optimizer=optimizer, d_optimizer=d_optimizer)  # --resume loads them
 
     while run.steps < args.total_steps:
-        share = max(1 - run.steps / args.schedule, FINAL_LR)
+        share = max(1 - run.steps / args.schedule, FINAL_SHARE)
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         d_optimizer.param_groups[0]["lr"] = args.discriminator_lr * share
 
@@ -204,9 +198,9 @@ def train(args):
 
         # 2. Improve the policy. Its reward, log D - log(1 - D), is D's logit.
         for _ in range(args.policy_updates):
-            rows = torch.randint(len(actions), (args.batch_size,))
-            log_probs = policy(observations[rows]).logits  # log pi, (batch, n)
-            rewards = discriminator_logits(discriminator, observations[rows], log_probs)
+            states = observations[torch.randint(len(actions), (args.batch_size,))]
+            log_probs = policy(states).logits  # log pi, (batch, n)
+            rewards = discriminator_logits(discriminator, states, log_probs)
             policy_loss = natural_policy_loss(log_probs, rewards)
             descend(optimizer, policy_loss)
 

@@ -11,21 +11,19 @@ module registers the environment; `gymnasium.make("racecar_env:RaceCar-v0")` doe
     info                       steps (int), position (x, y, z) in metres, is_success (bool)
 
 reset(seed=s) determines the whole episode: (s, the actions since) is a snapshot that replays to
-the last bit, in any process, after any history. A reset without a seed draws one and keeps it in
-`np_random_seed`; later resets without a seed follow from it as well.
+the last bit, with the same settings, in any process, after any history. A reset without a seed
+draws one and keeps it in `np_random_seed`; later resets without a seed follow from it as well.
 
 copy.deepcopy and pickle build a new world and replay the episode's actions there.
 
 `gymnasium.make_vec("RaceCar-v0", 8)` gives several cars in one process, a RaceCarVectorEnv. An
 expert comes with them, a waypoint controller that needs no training (about 285 steps to the end);
-experts/racecar.py records and films it, or lets a person drive.
-"""
+experts/racecar.py records and films it, or lets a person drive."""
 
 # /// script
-# requires-python = ">=3.11,<3.12"
+# requires-python = ">=3.11,<3.12"  # pybullet has wheels for CPython up to 3.11 on Linux
 # dependencies = ["gymnasium>=1.1,<2", "pybullet", "numpy"]
 # ///
-# pybullet has wheels for CPython up to 3.11 on Linux.
 
 import contextlib
 import copy
@@ -37,12 +35,11 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 
@@ -83,7 +80,7 @@ CONTROL_RATE = 20  # Hz
 STEERING_JOINTS, WHEEL_JOINTS = (4, 6), (2, 3, 5, 7)  # left before right, rear before front
 WHEEL_SPEED, WHEEL_FORCE = 50.0, 100.0  # rad/s at throttle 1; largest torque
 
-VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # from below the car; x = y
+VIEWS = {"close": (-1.5, -1.5, 2.4), "far": (-5.0, -5.0, 5.0)}  # camera minus car, z: height; x = y
 FIELD_OF_VIEW, WALL_COLOR = 60.0, (0.85, 0.35, 0.15, 1)
 CHECKS = [(14.2 + (k % 5 - 2) * 0.26, 7.2 + (k // 5 - 2) * 0.26, 0.005) for k in range(1, 25, 2)]
 MARKS = (  # centre, half extents, colour: the start's line; the finish, black with white checks
@@ -92,7 +89,7 @@ MARKS = (  # centre, half extents, colour: the start's line; the finish, black w
     *((center, (0.13, 0.13, 0.01), (1, 1, 1, 1)) for center in CHECKS),
 )
 
-# Wide enough for every state that can be reached before a wall ends the episode.
+# x, y, vx, vy, yaw, angles, velocities: wider than any state before a wall ends the episode.
 OBSERVATION_LIMIT = np.array([16, 9, 10, 10, math.pi, 2, 2, 50, 50], dtype=np.float32)
 
 
@@ -121,8 +118,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     coin_reward: paid once for each coin that the car comes within 0.5 m of; 0: there are no coins.
     max_steps: the episode is truncated after this many steps.
     width, height: of the pictures, in pixels. view: where the camera is, "close" or "far".
-    Raises ValueError for a setting out of range, RuntimeError for a window without a display.
-    """
+    Raises ValueError for a setting out of range, RuntimeError for a window without a display."""
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012
 
@@ -199,11 +195,10 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             physics.createMultiBody(0, -1, shape, center)
 
         self._coins: dict[int, tuple[float, float]] = {}  # by body; without collision shape
-        if self.coin_reward:
-            look = {"radius": 0.2, "length": 0.05, "rgbaColor": (1, 0.8, 0, 1)}
+        look = {"radius": 0.2, "length": 0.05, "rgbaColor": (1, 0.8, 0, 1)}
+        for coin in COINS if self.coin_reward else ():
             shape = physics.createVisualShape(pybullet.GEOM_CYLINDER, **look)
-            for coin in COINS:
-                self._coins[physics.createMultiBody(0, -1, shape, (*coin, 0.2))] = coin
+            self._coins[physics.createMultiBody(0, -1, shape, (*coin, 0.2))] = coin
 
         self.car = physics.loadURDF("racecar/racecar.urdf", START_POSITION, flags=flags)
         self._saved_state = physics.saveState()
@@ -234,8 +229,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Drive for 1/20 s. action: (steering, throttle), clipped to the action space.
 
         Raises ValueError for an action that is not two finite numbers, ResetNeeded before the first
-        reset and after the end of an episode, ClosedEnvironmentError after close().
-        """
+        reset and after the end of an episode, ClosedEnvironmentError after close()."""
         physics = self._open_client()
         if not self.running:
             raise gymnasium.error.ResetNeeded("the episode is over or never began: call reset()")
@@ -262,12 +256,12 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return observation, reward, terminated, truncated, self._info(is_success=at_finish)
 
     def render(self) -> np.ndarray | None:
-        """rgb_array: (height, width, 3) uint8. human: follow the car at 20 frames/s."""
+        """rgb_array: (height, width, 3) uint8. human: follow the car at 20 frames/s at most."""
         physics = self._open_client()
         x, y, z = VIEWS[self.view]
         if self.render_mode == "human":
             target, pitch = (*self._position[:2], 0), -math.degrees(math.atan2(z, math.hypot(x, y)))
-            physics.resetDebugVisualizerCamera(math.hypot(x, y, z), -45.0, pitch, target)
+            physics.resetDebugVisualizerCamera(math.hypot(x, y, z), -45.0, pitch, target)  # x = y
             time.sleep(1 / CONTROL_RATE)
             return None
         if self.render_mode is None:
@@ -289,7 +283,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """All but the physics: a copy replays the episode, and fails if that ends elsewhere."""
         if self.physics is None or self.render_mode == "human":
             raise TypeError("closed, or with a window: cannot be copied or pickled, make another")
-        self.np_random  # noqa: B018  (made now if it never was: each copy would make its own)
+        self.np_random  # noqa: B018  (the property makes it: else each copy would make its own)
         return {name: value for name, value in vars(self).items() if name != "physics"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -297,12 +291,13 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.physics = self._connect()
         self._build_world(self.physics)
         if self._seed is not None:
-            RaceCarEnv.reset(self, seed=self._seed)  # not a subclass's; it begins a new _actions
-        for action in state["_actions"]:
-            RaceCarEnv.step(self, action)
+            RaceCarEnv.reset(self, seed=self._seed)  # not a subclass's; state keeps its _actions
+        with contextlib.suppress(gymnasium.error.ResetNeeded):  # it ends earlier: found below
+            for action in state["_actions"]:
+                RaceCarEnv.step(self, action)
         if self._position != state["_position"]:
             raise TypeError("cannot be copied: a setting, or the car, was changed in its episode")
-        vars(self).update(state)  # undo what the replay changed, as np_random or a subclass's own
+        vars(self).update(state)  # np_random may have been drawn from; and a subclass's changes
 
     __copy__ = copy.deepcopy  # copy.copy is deep, too: a shallow one would drive the same car
 
@@ -373,13 +368,12 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     back at the start and leaves the others where they are. So every step is a transition of the
     running cars, and a resting car costs nothing: its action is ignored, its reward is 0, and it is
     not terminated or truncated again. settings: those of RaceCarEnv. An episode's seed is
-    self.envs[i].np_random_seed.
-    """
+    self.envs[i].np_random_seed."""
 
-    metadata = RaceCarEnv.metadata | {"autoreset_mode": AutoresetMode.DISABLED}
+    metadata = RaceCarEnv.metadata | {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+    envs: Sequence[RaceCarEnv] = ()  # Gymnasium 1.1 closes even what an error left without any
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
-        self.envs: list[RaceCarEnv] = []  # for VectorEnv.__del__, which closes even after an error
         _check_number("num_envs", num_envs, numbers.Integral, 1, 1_000_000)
         self.num_envs = num_envs
         self.envs = [RaceCarEnv(**settings) for _ in range(num_envs)]
@@ -395,8 +389,7 @@ class RaceCarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """seed: of the first car's episode; the next car's is seed + 1, and so on; or a list.
 
-        options: {"reset_mask": (num_envs,) bool}; without it, all cars are reset.
-        """
+        options: {"reset_mask": (num_envs,) bool}; without it, all cars are reset."""
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(f"reset_mask must be ({self.num_envs},) bool, got {mask!r}")
@@ -451,8 +444,7 @@ class WaypointController:
     It is a plain function of the observation, without memory, so it can be queried in any state.
     Waypoints lie about 1 m apart, from the wall behind the start along the corridor's middle to the
     finish. The car aims at the second one after the nearest, which cuts the corners a little: the
-    first would be too near for the steering, which pybullet's default gain makes slow.
-    """
+    first would be too near for the steering, which pybullet's default gain makes slow."""
 
     WAYPOINTS = np.array(
         [(1, y) for y in range(3)] + [(x, 3) for x in range(1, 9)] + [(9, y) for y in range(3, 7)]
