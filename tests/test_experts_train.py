@@ -148,3 +148,22 @@ def test_an_episode_without_an_end_is_cut():
     always = type("Always", (), {"act": lambda self, observation, generator: 1})()
     (played,) = train.play(always, "toys:Endless-v0", 1, 0)
     assert len(played["rewards"]) == 10_000 and not played["terminated"]
+
+
+def test_a_walker_with_a_memory_walks_the_same_course():
+    """Two steps of it for each action, the last three observations, the same returns and ends."""
+    env = gym.make("hardcore_memory:HardcoreMemory-v0")
+    course = gym.make("BipedalWalkerHardcore-v3")
+    seen, _ = env.reset(seed=3)
+    frames = [course.reset(seed=3)[0]] * 3
+    terminated, generator = False, np.random.default_rng(0)
+    while not terminated:
+        assert np.array_equal(seen, np.concatenate(frames[-3:]))
+        action, paid, fell = generator.uniform(-1, 1, 4).astype(np.float32), 0.0, False
+        seen, reward, terminated, *_ = env.step(action)
+        for _ in range(2):
+            if not fell:
+                observation, more, fell, *_ = course.step(action)
+                paid += more
+        frames.append(observation)
+        assert (reward, terminated) == (paid, fell)
