@@ -169,10 +169,10 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 @torch.no_grad()
-def move_average(average, policy, rate):
-    """Move the average's parameters towards the policy's, by the share `rate` of the way."""
-    for mean, parameter in zip(average.parameters(), policy.parameters()):
-        mean += rate * (parameter - mean)
+def move_average(averages, parameters, rate):
+    """Move the averages, tensors, towards the policy's parameters, by the share `rate`."""
+    for average, parameter in zip(averages, parameters):
+        average += rate * (parameter - average)
 
 
 def train(args):
@@ -186,6 +186,7 @@ def train(args):
     # Each minibatch pulls the weights another way. The loss hardly shows it; the return does, for
     # small errors add up. So an average is kept (Block et al. 2024, arXiv:2310.11428).
     average = copy.deepcopy(policy)
+    weights = [list(network.parameters()) for network in (average, policy)]  # found once: faster
     # The average with the least loss on a fifth of the pairs, in a module that holds this loss.
     best = nn.Sequential(copy.deepcopy(policy))
     best.register_buffer("loss", torch.tensor(math.inf))
@@ -200,7 +201,7 @@ def train(args):
         loss.backward()
         optimizer.step()
         run.steps += 1
-        move_average(average, policy, 1 / min(run.steps, AVERAGED))  # at first, the plain mean
+        move_average(*weights, 1 / min(run.steps, AVERAGED))  # at first, the plain mean
 
         if run.steps % LOG_EVERY == 0 or run.steps == args.total_steps:
             scalars = {"losses/policy": float(loss.detach())}

@@ -316,10 +316,10 @@ def behavioural_cloning_loss(policy, observations, actions):
 
 
 @torch.no_grad()
-def move_average(average, policy, rate):
-    """Move the average's parameters towards the policy's, by the share `rate` of the way."""
-    for mean, parameter in zip(average.parameters(), policy.parameters()):
-        mean += rate * (parameter - mean)
+def move_average(averages, parameters, rate):
+    """Move the averages, tensors, towards the policy's parameters, by the share `rate`."""
+    for average, parameter in zip(averages, parameters):
+        average += rate * (parameter - average)
 
 
 # --- environments ---------------------------------------------------------------------------------
@@ -566,7 +566,8 @@ def train(args):
         # the k-th counts about k^power times (Shamir & Zhang 2013, section 4).
         iteration = run.steps // (args.num_steps * args.num_envs)  # k
         power = 1 if policy.discrete else BOX_POWER  # a Gaussian's last ones are best
-        move_average(average, policy, (power + 1) / (iteration + power))
+        rate = (power + 1) / (iteration + power)
+        move_average(average.parameters(), policy.parameters(), rate)
 
         scalars["discriminator/accuracy_expert"] = float((expert_logits > 0).float().mean())
         scalars["discriminator/accuracy_policy"] = float((logits < 0).float().mean())

@@ -140,7 +140,7 @@ def long_average(script):
 def last_policy(script):
     """What is evaluated and kept is the policy itself, not an average."""
     move = script.move_average
-    script.move_average = lambda average, policy, rate: move(average, policy, 1.0)
+    script.move_average = lambda averages, parameters, rate: move(averages, parameters, 1.0)
 
 
 def all_at_once(script):
