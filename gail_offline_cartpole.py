@@ -483,8 +483,8 @@ def score(name, episodes, **more):
 
 def squared_energy_distance(x, y):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'|, no row compared with itself: (n, d), (m, d) -> float."""
-    within = torch.pdist(x).mean() + torch.pdist(y).mean()
-    return np.float64(2 * torch.cdist(x, y).mean() - within)
+    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]  # pdist is slower
+    return np.float64(2 * torch.cdist(x, y).mean() - sum(within))
 
 
 def occupancy_distances(held_out, samples):
