@@ -966,7 +966,9 @@ def evaluate_file(args):
 def stop(received, frame):
     """Ctrl-C or SIGTERM: let the iteration end; at once if there is none, or at the second time."""
     if os.getpid() != Run.process:  # a worker of the task's own; Ctrl-C reaches main, too
-        return received == signal.SIGTERM and os._exit(143)
+        if received == signal.SIGTERM:
+            os._exit(143)
+        return
     waits, Run.stopped_by = Run.stopped_by == 0, received
     if not waits:
         raise KeyboardInterrupt

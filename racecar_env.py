@@ -295,7 +295,7 @@ class RaceCarEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         with contextlib.suppress(gymnasium.error.ResetNeeded):  # it ends earlier: found below
             for action in state["_actions"]:
                 RaceCarEnv.step(self, action)
-        if self._position != state["_position"]:
+        if (self.steps, self._position) != (state["steps"], state["_position"]):
             raise TypeError("cannot be copied: a setting, or the car, was changed in its episode")
         vars(self).update(state)  # np_random may have been drawn from; and a subclass's changes
 
