@@ -99,7 +99,7 @@ def add_settings(parser, argv):
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="low: trust the critic more")
     flag("--epochs", type=count, default=10, help="passes over each rollout")
     flag("--minibatch-size", type=size, default=256, help="pairs in one update")
-    flag("--clip", type=real, default=0.2, help="PPO's epsilon: ratios gain up to 1 - it, 1 + it")
+    flag("--clip", type=real, default=0.2, help="PPO's epsilon: no gain beyond a ratio of 1 +- it")
     flag("--target-kl", type=real, default=0.03, help="PPO's limit, per action dimension")
     flag("--entropy", type=real, default=0.03, help="weight of its bonus; Discrete only")
     flag("--bc-weight", type=real, default=1.0, help="of cloning, at the start; 0: none")
@@ -122,7 +122,7 @@ def add_settings(parser, argv):
         parser.set_defaults(bc_weight=0.1, gamma=0.98, gae_lambda=0.9)
     if given.policy_gradient == "reinforce":  # one large step a rollout
         parser.set_defaults(total_steps=500_000, num_envs=8, num_steps=125)
-        # Lambda 1: few of the critic's guesses in returns. They vary more; a lower gamma: less.
+        # Lambda 1: few of the critic's guesses in returns, so they vary more; a lower gamma: less.
         parser.set_defaults(policy_lr=1e-2, gamma=0.97, gae_lambda=1.0, bc_weight=0.0)
     parser.set_defaults(schedule=parser.parse_known_args(argv)[0].total_steps)
 
@@ -237,15 +237,15 @@ class Discriminator(nn.Module):
         """Append the absorbing states after terminations: (n, size), (n,) -> (more, size).
 
         Such a state lasts for ever: discounted, 1 + gamma + gamma^2 + ... = 1 / (1 - gamma) steps,
-        so D sees that many copies (DAC, Kostrikov et al. 2019: one). `terminated` is 0 or, at an
-        end, 1. Where --num-pairs keeps of an expert's pairs a share, say one in twenty, but all
-        ends, it is this share, 0.05, at every end: then D sees a twentieth of the copies."""
+        so D sees that many copies (the states: DAC, Kostrikov et al. 2019). `terminated` is 1 at an
+        end, else 0. But --num-pairs keeps every end, and only a share of the expert's pairs, say
+        one in twenty: then it is 0.05 at every end, and D sees a twentieth of the copies."""
         copies = max(1, round(float(terminated.max()) / (1 - gamma)))
         return torch.cat([pairs, self.absorbing_pairs(pairs[terminated > 0]).repeat(copies, 1)])
 
 
 class Recent(list):
-    """Of each of the last rollouts its pairs, and which terminate. One rollout has few or many ends
+    """The last rollouts: of each, its pairs and which terminate. One rollout has few or many ends
     by chance: after few, D would reward an end too much; after many, too little."""
 
     rollouts = 10  # so many are kept: train removes the older ones
@@ -445,8 +445,8 @@ def update_policy(policy, critic, optimizer, columns, expert, share, args):
         total = loss - (args.entropy * new.entropy().mean() if policy.discrete else 0.0)
         if args.bc_weight:
             drawn = torch.randint(len(expert[0]), (CLONING_BATCH,))
-            pairs = [column[drawn] for column in expert]
-            total = total + args.bc_weight * share * behavioural_cloning_loss(policy, *pairs)
+            batch = [column[drawn] for column in expert]
+            total = total + args.bc_weight * share * behavioural_cloning_loss(policy, *batch)
         return loss, total
 
     if args.policy_gradient == "reinforce":
@@ -463,7 +463,7 @@ def update_policy(policy, critic, optimizer, columns, expert, share, args):
         with torch.no_grad():
             new = policy(observations)
             log_ratio = new.log_prob(actions) - old_log_probs
-            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # as -log_ratio's, less noisy
+            kl = float((log_ratio.exp() - 1 - log_ratio).mean())  # estimates it with little noise
     return {
         "losses/policy": float(policy_loss.detach()),
         "losses/value": float(value_loss.detach()),
@@ -473,7 +473,7 @@ def update_policy(policy, critic, optimizer, columns, expert, share, args):
 
 
 def diagnose(scalars, args, terminating):
-    """Advice from the last evaluation's scalars; `finish` prints it if the run is not solved."""
+    """Advice for a run that is not solved, from the scalars that train logged last."""
     mean, std = scalars["discriminator/reward_mean"], scalars["discriminator/reward_std"]
     accuracies = [scalars[f"discriminator/accuracy_{who}"] for who in ("expert", "policy")]
     if terminating and (args.absorbing, args.reward, args.control) == ("no", "gail", "none"):
@@ -488,7 +488,8 @@ def diagnose(scalars, args, terminating):
 def train(args):
     """Run the algorithm; returns what summary.json holds. Raises BadInput and Failed."""
     run = Run(args)  # reads the demonstrations, seeds torch, and counts the steps
-    # `ends`, (pairs,), is 0; where an episode terminates 1, or the share that --num-pairs keeps.
+    # Rewards and successes are left alone. `ends`, (pairs,): 1, or the share that --num-pairs
+    # keeps, where an episode terminates; else 0.
     expert_observations, expert_actions, _, ends, _ = tensors(run.episodes, args.device)
     policy = Policy(**run.sizes, hidden=args.hidden).to(args.device)  # sizes: inputs, low, high
     expert_actions = policy.from_env(expert_actions)
@@ -578,7 +579,7 @@ def train(args):
             scalars |= zip(charts, np.mean(ended, 0).tolist())
         run.record(scalars, average)  # logs; evaluates and saves when due
     envs.close()
-    # run.curve: each evaluation's scalars; empty if --resume lowered the budget before the first.
+    # run.curve: the scalars at each evaluation; none if --resume lowered --total-steps before one.
     return run.finish(average, diagnose(run.curve[-1], args, ends.any()) if run.curve else "")
 
 
