@@ -426,7 +426,7 @@ def begin(env, seed):
     """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
     seed_others(seed)
     for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
-        space.seed(seed)
+        space.seed(seed + 1)  # seed: what the reset draws would come once more
     return env.reset(seed=seed)
 
 
@@ -452,9 +452,10 @@ def play(act, args, final=False, filmed=None):
         seen, success = np.zeros((len(envs), *shape), np.float32), [math.nan] * len(envs)
         for i, seed in enumerate(seeds):
             seen[i], _ = begin(envs[i], seed)
+        space.seed(seeds[-1] + 1)  # for a random policy: tasks may make a new one at every look
         while running:
             rows = seen[running]
-            actions = act(rows) if act else [envs[i].action_space.sample() for i in running]
+            actions = act(rows) if act else [space.sample() for _ in running]
             for i, row, action in zip(tuple(running), rows, actions):
                 seen[i], reward, terminated, truncated, info = take(envs[i], space, action)
                 steps[i].append((row, action, np.float64(reward), terminated))  # of None: NaN
@@ -551,8 +552,9 @@ class Run:
         with explained("settings"):  # NumPy's scalars and paths become plain values
             plain = {"default": lambda x: x.item() if hasattr(x, "item") else os.fspath(x)}
             vars(args).update(json.loads(json.dumps(vars(args), allow_nan=False, **plain)))
-        check(torch.get_default_dtype() == torch.float32, "torch's default dtype is not float32")
         self.sizes = sizes(args.env_id)
+        found = torch.is_grad_enabled(), torch.zeros(1).type()  # as the caller, or the task, has it
+        check(found == (True, "torch.FloatTensor"), f"PyTorch has {found}: not its defaults")
         self.episodes, self.not_held_out, self.held_out = load_demos(args, **self.sizes)
         parts = tensors(self.episodes), tensors(self.held_out)
         columns = [x for part in parts for x in part[:2] + part[3:4]]  # neither rewards nor success

@@ -83,6 +83,8 @@ def execute(run, out, root):
             [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
         )
         died = f"{shlex.join(command)} failed {TRIES} times:\n{done.stderr}"
+        if done.returncode in (130, 143):  # it was stopped
+            break
     if not summary.exists():
         raise RuntimeError(died)
     return json.loads(summary.read_text())
@@ -92,8 +94,11 @@ def local(runs, out, jobs):
     """The summaries of `runs`, as they are done: (index, summary)."""
     with ThreadPoolExecutor(jobs) as pool:
         done = {pool.submit(execute, run, out, ROOT): i for i, run in enumerate(runs)}
-        for future in as_completed(done):
-            yield done[future], future.result()
+        try:
+            for future in as_completed(done):
+                yield done[future], future.result()
+        finally:  # Ctrl-C, or a run that failed: begin no others
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def on_ray(runs, out):
@@ -168,6 +173,8 @@ def main():
             raise SystemExit(f"{name} is being run in {out} by another process") from None
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         rows = [tabulate(run, summaries[i]) for i, run in enumerate(runs)]
         result = {"command": f"python benchmark/run.py {name}"}
         result |= {key: table[name].get(key) for key in ("solved", "row")}

@@ -274,7 +274,7 @@ def state_of(model, algorithm):
         state = {"jax": importlib.import_module("flax.serialization").to_bytes(jax_state(model))}
     else:
         state = {"parameters": model.get_parameters()}
-        if algorithm == "sac":
+        if getattr(model, "log_ent_coef", None) is not None:  # SAC's, if it is learnt
             state["log_ent_coef"] = model.log_ent_coef.detach()
     if algorithm != "ppo":
         buffer = model.replay_buffer
@@ -294,7 +294,7 @@ def load_state(model, algorithm, state):
         vars(model.policy).update(loaded)
     else:
         model.set_parameters(state["parameters"])
-        if algorithm == "sac":
+        if "log_ent_coef" in state:
             model.log_ent_coef.data.copy_(state["log_ent_coef"])
     if algorithm != "ppo":
         buffer, filled = model.replay_buffer, len(state["buffer"]["rewards"])
@@ -501,6 +501,7 @@ def parse_args(argv=None):
             check(same, f"--resume: found {name} {getattr(args, name)}, expected {saved[name]}")
     check(args.out or not args.pick, "--pick: expected --out FOLDER as well")
     check(args.demos or not args.record, "--record: expected --demos FILE as well")
+    check(not (args.record and args.sampled), "--record: the file's greedy actions, not --sampled")
     check(args.episodes > 0, f"--episodes: found {args.episodes}, expected 1 or more")
     if not args.pick and not args.record:
         complete(args)
@@ -528,6 +529,8 @@ def complete(args):
             args.settings[key] = json.loads(value)
         except ValueError:
             raise BadInput(f"--set: found {setting}, expected NAME=JSON") from None
+    for key in ("use_sde", "policy_kwargs"):  # no file of ours has such a policy
+        check(not args.settings.get(key), f"--set: {key} is not supported")
     ours = {"total_steps": int, "num_envs": int}
     ours |= dict.fromkeys(("average", "noise", "least_reward"), int | float)
     for key, kind in ours.items():  # stable-baselines3 checks the others

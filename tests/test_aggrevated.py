@@ -185,10 +185,13 @@ def test_what_a_sound_expert_and_task_may_be(tmp_path):
     task = "--env-id", "PayingNaN-v0", "--expert", tmp_path / "whole.pt", "--algorithm", "dagger"
     AGGREVATED.run(tmp_path / "run", *task)
     newest, kept = checkpoint(tmp_path / "run")["parts"]["policy"], weights(tmp_path / "run")
+    assert read_json(tmp_path / "run" / "summary.json")["verdict"].startswith("no verdict")
     assert all(torch.equal(newest[name], kept[name]) for name in kept)
     policy = new_policy()
     policy.measure(torch.zeros(1, 3))
     assert (policy.deviation == script.LEAST_DEVIATION).all()
+    policy.measure(torch.full((99, 3), 1.7e9))  # a time in seconds, whose mean is rounded
+    assert policy(torch.full((3,), 1.7e9)).isfinite().all() and (policy.deviation > 1e3).all()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -51,6 +51,7 @@ def test_demonstrations_of_discrete_actions(run, tmp_path):
 
 def test_float64_observations_are_recorded_as_the_policy_saw_them(run):
     few = ("--algorithm", "sac", "--total-steps", "24", "--out", "run", "--episodes", "2")
+    few += ("--set", "ent_coef=0.1")
     assert run("ToyBox-v0", *few, "--demos", "a.npz", "--expert", "a.pt") == (0, "")
     demos, (policy, *_) = np.load("a.npz"), train.load_policy("a.pt")
     assert (demos["observations"].dtype, demos["actions"].dtype) == (np.float32, np.float32)
@@ -96,6 +97,9 @@ def test_an_existing_file_is_refused_before_training(tmp_path, monkeypatch, refu
     monkeypatch.chdir(tmp_path)
     Path("a.npz").write_bytes(b"mine")
     refused(Case("train"), ["CartPole-v1", "--demos", "a.npz", "--out", "run"], "a.npz")
+    refused(Case("train"), ["CartPole-v1", "--set", "use_sde=true", "--out", "run"], "use_sde")
+    record = ["--record", "a.pt", "--demos", "b.npz", "--sampled"]
+    refused(Case("train"), record, "--sampled")
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac", "tqc"])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scripts import AGGREVATED, BC, OFFLINE, PPO, ROOT, SCRIPTS, demos, environment, python
 from written import checkpoint, read_json, same, weights
 
@@ -183,6 +184,17 @@ def test_settings_that_no_file_holds(value, tmp_path):
     args = BC.module.parse_args(BC.argv("--out", tmp_path / "run"))
     args.learning_rate = value
     with pytest.raises(BC.module.BadInput, match="settings"):
+        BC.module.train(args)
+    assert not (tmp_path / "run").exists()
+
+
+SET_UP = [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")]
+
+
+@pytest.mark.parametrize("set_up", SET_UP)
+def test_pytorch_as_a_notebook_left_it(set_up, tmp_path):
+    args = BC.module.parse_args(BC.argv("--out", tmp_path / "run"))
+    with set_up(), pytest.raises(BC.module.BadInput, match="not its defaults"):
         BC.module.train(args)
     assert not (tmp_path / "run").exists()
 

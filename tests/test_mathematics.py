@@ -207,6 +207,13 @@ def test_episodes_of_one_length_do_not_end_together():
         assert (again == truncated).all()
 
 
+def test_a_random_policy_does_not_know_what_the_task_has_drawn():
+    """Though an episode's seed is that of the task's generator and of its spaces'."""
+    args = gail.parse_args(["--env-id", "toys:Truncating-v0"])
+    first = [episode.rewards[0] for episode in gail.play(None, args, final=True)]
+    assert len(first) == 100 and 0.3 < np.mean(first) < 0.7
+
+
 def test_a_task_may_spoil_the_actions_that_it_is_given():
     """What is replayed, and what an evaluation holds, is as the policy chose it."""
     first, copied = (gail.Environments("toys:ToyBox-v0", 2) for _ in range(2))

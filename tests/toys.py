@@ -2,10 +2,10 @@
 
 A point on a line, to be held near 0. An episode terminates where the point leaves [-1, 1], and is
 truncated after 12 steps. What a script might stumble over is here by default: float64 observations,
-always in the same array, one of them constant; rewards that are NumPy's; actions that are uint16
-and counted from 1, or a box with other bounds than [-1, 1], in an array that the task then spoils;
-entries of info that others use as well, and such that differ in kind or size from one episode to
-the next.
+always in the same array, a reversed one, whose last entry is constant; rewards that are NumPy's;
+actions that are uint16 and counted from 1, or a box with other bounds than [-1, 1], in an array
+that the task then spoils; entries of info that others use as well, and such that differ in kind or
+size from one episode to the next.
 """
 
 import multiprocessing
@@ -19,12 +19,12 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 KIND = {"dtype": np.uint16} if "dtype" in signature(Discrete).parameters else {}  # not in 1.1
-SHARED = np.array([0.0, 0.0, 7.0])  # what those see that remember: one array for all of them
+SHARED = np.array([7.0, 0.0, 0.0])[::-1]  # what those see that remember: one array for all
 
 
 class Toy(gym.Env):
     observation_space, pays = Box(-np.inf, np.inf, (3,), np.float64), 1.0
-    success = last = careless = hidden = None
+    success = last = careless = hidden = seeds = None
     ended = bool
 
     def __init__(self, box=False, remembers=False, start=1, **others):
@@ -32,13 +32,15 @@ class Toy(gym.Env):
         if box:
             self.action_space = Box(np.float32([-1, 0]), np.float32([1, 2]))
         self.box, self.remembers, self.resets = box, remembers, 0
-        self.seen = SHARED if remembers else SHARED.copy()
+        self.seen = SHARED if remembers else SHARED[::-1].copy()[::-1]
         vars(self).update(others)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.resets, self.over, self.steps = self.resets + 1, False, 0
         self.x = self.np_random.uniform(-0.7, 0.7) + 1e-3 * (self.resets - 1) * self.remembers
+        if self.seeds:
+            torch.manual_seed(seed)
         if self.hidden:  # how long its episode is, nobody sees
             self.hidden = 4 + np.random.randint(4) + (self.observation_space.sample()[0] > 0)
         return self.observe(), {"x": self.x}
@@ -67,21 +69,22 @@ class Toy(gym.Env):
 
 
 class Blank(gym.Env):
-    """There is nothing to be seen. Episodes terminate after `ends` steps."""
+    """There is nothing to be seen, but an action to be guessed. Episodes terminate after `ends`."""
 
-    observation_space, action_space = Box(-1, 1, (1,), np.float32), Discrete(2)
+    observation_space = Box(-1, 1, (1,), np.float32)
 
     def __init__(self, ends=10**9):
-        self.ends = ends
+        self.ends, self.action_space = ends, Discrete(2)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps = 0
+        self.steps, self.wanted = 0, self.np_random.integers(2)
         return np.ones(1, np.float32), {}
 
     def step(self, action):
         self.steps += 1
-        return np.ones(1, np.float32), 0.0, self.steps == self.ends, False, {}
+        pay = float(action == self.wanted)
+        return np.ones(1, np.float32), pay, self.steps == self.ends, False, {}
 
 
 class Worker(Toy):
@@ -124,7 +127,7 @@ TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
 TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
 TOYS["CarelessBox-v0"] = {"box": True, "careless": True}
 TOYS["Careless-v0"] = {"careless": True}  # it draws from generators that are not its own
-TOYS["Hidden-v0"] = {"hidden": True}
+TOYS["Hidden-v0"], TOYS["SeedingBox-v0"] = {"hidden": True}, {"box": True, "seeds": True}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
 for name, settings in TOYS.items():
