@@ -110,8 +110,8 @@ def is_fall(env_id, reward, terminated):
 
     In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
     course: that is treated as a time limit, as if the walk went on."""
-    walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
-    return reward <= -100 if env_id.split(":")[-1] in walkers else terminated
+    walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3", "HardcoreMemory-v0"
+    return reward < -50 if env_id.split(":")[-1] in walkers else terminated
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -213,10 +213,9 @@ def aggrevated_loss(policy, critics, states, expert_actions, weight, args):
 
 @torch.no_grad()
 def roll_in(policy, expert, alpha, args):
-    """--num-envs trajectories, one after the other -> a dict of columns, (steps, ...) each.
-
-    Each is begun by the expert (with probability alpha) or the learner, with noise; from a random
-    step below --switch on, the expert walks, without noise. DAgger: no noise, no takeover."""
+    """--num-envs trajectories, one after the other -> a dict of columns, (steps, ...) each. The
+    expert (with probability alpha) or the learner begins, with noise; from a random step below
+    --switch on, the expert walks, without noise. DAgger: no noise, no takeover."""
     first = int(torch.randint(EVALUATION_SEEDS - args.num_envs, ()))
     dagger, frames = args.algorithm == "dagger", []
     for seed in range(first, first + args.num_envs):
@@ -480,8 +479,9 @@ def begin(env, seed):
     """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
     seed_python(seed)
     np.random.seed(seed)
-    for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
-        space.seed(seed + 1)  # seed: what the reset draws would come once more
+    spaces = env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space
+    for i, space in enumerate(spaces, 1):  # with one seed, they would draw the same as the reset
+        space.seed(seed + i * 10**9)
     return env.reset(seed=seed)
 
 

@@ -72,8 +72,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # From the harness, below: say (prints), number (a flag's type), begin and take (a task's reset and
-# step, with seeds and in its dtype), tensors (episodes' columns), Run (files, seeds, checkpoints),
-# EVALUATION_SEEDS (the first of evaluation's seeds: training's are smaller), BadInput, Failed.
+# step, with seeds and in its dtype), seed_others (NumPy's and Python's generators), tensors
+# (episodes' columns), Run (files, seeds, checkpoints), EVALUATION_SEEDS (the first of evaluation's
+# seeds: training's are smaller), BadInput, Failed.
 
 SCRIPT = "gail_cartpole"  # names files and folders; the harness reads SCRIPT and SIDE_BY_SIDE
 SIDE_BY_SIDE = 50  # environments in an evaluation
@@ -91,7 +92,7 @@ def add_settings(parser, argv):
     flag("--total-steps", type=count, default=100_000, help="environment steps, rounded up")
     flag("--schedule", type=count, help="steps over which step sizes and --bc-weight fall")
     flag("--num-envs", type=number(int, 1, 1_000), default=16, help="environments side by side")
-    flag("--num-steps", type=number(int, 2), default=64, help="of each, in one rollout")
+    flag("--num-steps", type=number(int, 2), default=64, help="of each; REINFORCE: sees no more")
     flag("--policy-lr", type=real, default=3e-3, help="Adam's step size at the start")
     flag("--critic-lr", type=real, default=3e-3, help="the same for the critic")
     flag("--hidden", type=number(int, 1, 4_096), default=64, help="width of the two hidden layers")
@@ -520,9 +521,10 @@ def train(args):
         share = max(1 - run.steps / args.schedule, 0.02)  # DEVIATIONS (3), (7): falls to 2 %
         optimizer.param_groups[0]["lr"] = args.policy_lr * share
         optimizer.param_groups[1]["lr"] = args.critic_lr * share
+        seed_others(args.seed + run.steps + 1)  # a rollout must not notice evaluations, or resuming
 
         # 1. Roll out the policy. REINFORCE: from fresh starts, so that no older policy led to a
-        # state. The price: D and the charts see only the first --num-steps of an episode.
+        # state. The price: nothing sees more than the first --num-steps of an episode.
         if args.policy_gradient == "reinforce":
             for i in range(args.num_envs):
                 envs.restart(i)
@@ -797,8 +799,9 @@ def seed_others(number):
 def begin(env, seed):
     """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
     seed_others(seed)
-    for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
-        space.seed(seed + 1)  # seed: what the reset draws would come once more
+    spaces = env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space
+    for i, space in enumerate(spaces, 1):  # with one seed, they would draw the same as the reset
+        space.seed(seed + i * 10**9)
     return env.reset(seed=seed)
 
 
@@ -874,7 +877,7 @@ def occupancy_distances(held_out, samples):
     pairs = pairs.split([sum(len(episode.actions) for episode in group) for group in groups])
     few = [x[np.random.default_rng(0).permutation(len(x))[:2_000]] for x in pairs]
     unit, centre = torch.std_mean(few[0], 0)  # centred: cdist rounds large numbers
-    expert, *others = ((x - centre) / unit.where(unit > 0, 1.0) for x in few)
+    expert, *others = ((x - centre) / unit.where(unit > 1e-6 * centre.abs(), 1.0) for x in few)
     found = {x: squared_energy_distance(y, expert) for x, y in zip(samples, others)}
     return {name: distance / found["random"] for name, distance in found.items()}
 
@@ -1004,7 +1007,6 @@ class Run:
             if Run.stopped_by:
                 raise KeyboardInterrupt
         self.bar.update(min(now, args.total_steps) - self.bar.n)
-        seed_others(args.seed + now)  # evaluating seeds these, too: training must not notice
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):

@@ -708,8 +708,9 @@ def seed_others(number):
 def begin(env, seed):
     """Reset a task, and seed what else it may draw from: its spaces, Python's and NumPy's."""
     seed_others(seed)
-    for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
-        space.seed(seed + 1)  # seed: what the reset draws would come once more
+    spaces = env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space
+    for i, space in enumerate(spaces, 1):  # with one seed, they would draw the same as the reset
+        space.seed(seed + i * 10**9)
     return env.reset(seed=seed)
 
 
@@ -785,7 +786,7 @@ def occupancy_distances(held_out, samples):
     pairs = pairs.split([sum(len(episode.actions) for episode in group) for group in groups])
     few = [x[np.random.default_rng(0).permutation(len(x))[:2_000]] for x in pairs]
     unit, centre = torch.std_mean(few[0], 0)  # centred: cdist rounds large numbers
-    expert, *others = ((x - centre) / unit.where(unit > 0, 1.0) for x in few)
+    expert, *others = ((x - centre) / unit.where(unit > 1e-6 * centre.abs(), 1.0) for x in few)
     found = {x: squared_energy_distance(y, expert) for x, y in zip(samples, others)}
     return {name: distance / found["random"] for name, distance in found.items()}
 
@@ -915,7 +916,6 @@ class Run:
             if Run.stopped_by:
                 raise KeyboardInterrupt
         self.bar.update(min(now, args.total_steps) - self.bar.n)
-        seed_others(args.seed + now)  # evaluating seeds these, too: training must not notice
         self.clock = time.perf_counter()
 
     def finish(self, policy, advice=""):
