@@ -219,7 +219,8 @@ class Discriminator(nn.Module):
 
 
 def at_finish(observations):
-    """Is the car at the finish? All that is known of the track: (..., 9) -> (...) bool."""
+    """Is the car at the finish, even if at a wall? All that is known of the track:
+    (..., 9) -> (...) bool."""
     finish = torch.tensor(FINISH, device=observations.device)
     return (observations[..., :2] - finish).norm(dim=-1) <= FINISH_RADIUS
 

@@ -130,12 +130,14 @@ def main():
     for algorithm in args.algorithms:
         here = [f"{algorithm}_cartpole.py", "--eval-every", EVERY[algorithm]]
         here += ["--eval-episodes", "100"]
+        alike = {"bc": ([], ["--updates", 8_000]), "gail": (["--bc-weight", 0], [])}[algorithm]
+        here += alike[0]
         comparisons = [
             {
                 "about": {"algorithm": algorithm, "variant": variant},
                 "flags": flags,
                 "here": here,
-                "there": [] if "REINFORCE" in variant else [algorithm],
+                "there": [] if "REINFORCE" in variant else [algorithm, *alike[1]],
                 "solved": 495,
             }
             for variant, flags in FLAGS[algorithm].items()

@@ -5,7 +5,7 @@
 From the same four demonstrations: cloning (8,000 updates), and 200,000 steps of GAIL from scratch
 and with cloning first; here that is the default, there GAIL goes on with the cloned policy. The
 scripts have their defaults, the library its tutorials' settings. It needs an older Gymnasium,
-whose Hopper-v4 has the observations, actions and rewards of Hopper-v5.
+whose Hopper-v4 has the observations, actions and (but for 1 at a fall) rewards of Hopper-v5.
 
 Solved: 95 % of the way from random to the expert at an evaluation of 20 greedy episodes and at
 every later one. Evaluations are every 16,384 steps (a round there) and not counted in the seconds.

@@ -31,7 +31,7 @@ def make_env(env_id, least_reward=-np.inf):
 def play(policy, env_id, episodes, seed, sampled=False):
     """Whole episodes, each reset with a seed of its own: a list of dicts of arrays."""
     env, played = make_env(env_id), []
-    generator = np.random.default_rng(seed) if sampled else None
+    generator = np.random.default_rng((seed, 1)) if sampled else None  # not the task's own
     for i in range(episodes):
         (observation, _), over, steps = env.reset(seed=seed + i), False, []
         while not over and len(steps) < 10_000:  # a task may have no limit of its own

@@ -108,7 +108,7 @@ TASKS = {
 }
 # fmt: on
 QUERIED = ("sac", "td3", "tqc")  # their greedy action is the tanh of a network of ReLUs
-SELECTION_SEEDS, SCORE_SEEDS = 2_000_000, 3_000_000  # of evaluations; training's are small
+SELECTION_SEEDS, SCORE_SEEDS = 2 * 10**9, 3 * 10**9  # of evaluations; no script has these
 CHECKED, SAVE_EVERY = 100, 600  # fresh episodes; seconds between checkpoints
 
 
@@ -252,9 +252,11 @@ def build(args, seed):
     settings["policy_kwargs"] = {name: settings.pop(name) for name in names}
     try:
         algorithm = getattr(library, args.algorithm.upper())
-        return algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings)
+        model = algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings)
     except (TypeError, AssertionError, ValueError) as error:
         raise BadInput(f"{args.algorithm} on {args.env_id}: {str(error).strip()}") from None
+    model.action_space.seed(seed + num_envs)  # else random actions repeat what a reset draws
+    return model
 
 
 def schedule(value):
@@ -278,8 +280,9 @@ def state_of(model, algorithm):
             state["log_ent_coef"] = model.log_ent_coef.detach()
     if algorithm != "ppo":
         buffer = model.replay_buffer
-        filled = {key: getattr(buffer, key)[: buffer.size()] for key in BUFFER}
-        state["buffer"] = {key: torch.from_numpy(value) for key, value in filled.items()}
+        filled, oldest = buffer.size(), buffer.pos * buffer.full  # a ring: the oldest comes first
+        rows = {key: np.roll(getattr(buffer, key)[:filled], -oldest, 0) for key in BUFFER}
+        state["buffer"] = {key: torch.from_numpy(value) for key, value in rows.items()}
     return state
 
 

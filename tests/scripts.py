@@ -139,7 +139,7 @@ def demos(env_id):
     """The path of its demonstrations; those of Toy's variants are Toy's."""
     path = FILES / f"{env_id}.npz"
     if not path.exists():
-        done_on = re.sub("Growing|Hidden|Remembering|Worker", "Toy", env_id)
+        done_on = re.sub("Growing|Gusts|Hidden|Remembering|Worker", "Toy", env_id)
         arrays = toys.demonstrations(re.sub("Endless", "Truncating", done_on))
         np.savez(path, **{**arrays, "metadata": json.dumps({"env_id": env_id})})
     return path

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train
-from scripts import Case
+from scripts import AGGREVATED, Case
 from test_converters import check_same
 
 
@@ -117,6 +117,17 @@ def test_a_stopped_run_goes_on(run, algorithm):
         assert [point["steps"] // 64 for point in json.load(file)["curve"]] == [1, 2, 3]
 
 
+def test_a_full_buffer_goes_on_from_its_oldest_row():
+    words = ["ToyBox-v0", "--algorithm", "sac", "--total-steps", "60", "--out", "x"]
+    args = train.parse_args([*words, "--set", "learning_starts=1000", "--demos", "x.npz"])
+    model, again = (train.build(args, 0) for _ in range(2))
+    model.learn(90)
+    train.load_state(again, "sac", train.state_of(model, "sac"))
+    assert (again.replay_buffer.pos, again.replay_buffer.full) == (0, True)
+    in_order = np.roll(model.replay_buffer.rewards, -model.replay_buffer.pos, 0)
+    assert np.array_equal(again.replay_buffer.rewards, in_order)
+
+
 def test_the_command_after_a_signal_is_complete(run, monkeypatch):
     monkeypatch.setattr(train, "train", lambda args: signal.raise_signal(signal.SIGTERM))
     status, line = run("ToyBox-v0", "--out", "a run", "--demos", "d.npz", "--at-least", "3")
@@ -171,3 +182,5 @@ def test_a_walker_with_a_memory_walks_the_same_course():
                 paid += more
         frames.append(observation)
         assert (reward, terminated) == (paid, fell)
+    fall = AGGREVATED.module.is_fall
+    assert fall(env.spec.id, reward, True) and not fall(env.spec.id, 0.3, True)  # it fell; the end

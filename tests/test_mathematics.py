@@ -4,6 +4,7 @@ import copy
 import math
 from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -207,6 +208,13 @@ def test_episodes_of_one_length_do_not_end_together():
         assert (again == truncated).all()
 
 
+def test_a_task_s_spaces_and_its_reset_draw_apart():
+    env = gym.make("toys:Toy-v0")
+    _, info = gail.begin(env, 3)
+    drawn = [space.np_random.random() for space in (env.action_space, env.observation_space)]
+    assert len({round(x, 6) for x in (*drawn, (info["x"] + 0.7) / 1.4)}) == 3
+
+
 def test_a_random_policy_does_not_know_what_the_task_has_drawn():
     """Though an episode's seed is that of the task's generator and of its spaces'."""
     args = gail.parse_args(["--env-id", "toys:Truncating-v0"])
@@ -369,8 +377,8 @@ def test_occupancy_distances_by_their_definition():
     rng = np.random.default_rng(0)
 
     def episodes(shift, many=4):
-        seen = rng.normal(shift, [1, 9, 0.1, 0], (many, 8, 4)).astype(np.float32)
-        seen[..., 3] += 2**30  # large, and constant
+        seen = rng.normal(shift, [1, 9, 0.1, 0, 1e-4], (many, 8, 5)).astype(np.float32)
+        seen[..., 3:] += 2**30, 2**10  # large, and constant; or constant up to rounding
         last = 4 if shift < 2 else 3  # the random policy never took the last action
         return [gail.Episode(x, rng.integers(1, last, 8), *np.zeros((3, 8))) for x in seen]
 
@@ -380,7 +388,7 @@ def test_occupancy_distances_by_their_definition():
 
     held_out, samples = episodes(0), {"random": episodes(2), "learner": episodes(0.5, many=5)}
     unit = pairs(held_out).std(0, ddof=1)
-    unit[unit == 0] = 1  # what never varies keeps its own units
+    unit[3:5] = 1  # these keep their own units
     exact = {k: energy(pairs(v) / unit, pairs(held_out) / unit) for k, v in samples.items()}
     found = gail.occupancy_distances(held_out, samples)
     assert found["random"] == 1

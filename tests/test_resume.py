@@ -87,9 +87,10 @@ def test_with_a_higher_budget_it_goes_on_and_with_a_lower_one_it_ends(case, tmp_
     assert read_json(folder / "summary.json")["steps"] == 3 * case.every
 
 
-def test_what_a_reset_draws_unseen_is_drawn_again(tmp_path):
-    """From its spaces, or from generators that are not its own."""
-    case = PPO.on("Hidden-v0")
+@pytest.mark.parametrize("name", ["Hidden-v0", "Gusts-v0"])
+def test_what_a_task_draws_elsewhere_is_drawn_again(name, tmp_path):
+    """From its spaces, or from generators that are not its own: at its reset, or late."""
+    case = PPO.on(name)
     whole = case.run(tmp_path / "a")
     assert same(case.run(tmp_path / "b"), whole)
     case.run(tmp_path / "c", iterations=1)

@@ -53,7 +53,7 @@ class Toy(gym.Env):
         assert action in self.action_space and not self.over, action
         push = float(action[0] + action[1] - 1 if self.box else int(action) - self.start - 1)
         noise = self.np_random.normal(0, 0.05)
-        if self.careless:
+        if self.careless and self.steps >= self.careless - 1:
             drawn = np.random.normal(), random.gauss(), torch.randn(()).item()
             noise = 0.03 * sum(drawn) + 0.01 * np.sum(self.action_space.sample())
         self.x += 0.3 * push + noise
@@ -127,6 +127,7 @@ TOYS["Last-v0"] = {"start": 2**16 - 3}  # the last numbers that a uint16 has
 TOYS["Late-v0"] = {"success": None, "last": np.array([True])}  # is_success, at the end alone
 TOYS["CarelessBox-v0"] = {"box": True, "careless": True}
 TOYS["Careless-v0"] = {"careless": True}  # it draws from generators that are not its own
+TOYS["Gusts-v0"] = {"careless": 9}  # late in an episode
 TOYS["Hidden-v0"], TOYS["SeedingBox-v0"] = {"hidden": True}, {"box": True, "seeds": True}
 TOYS["Growing-v0"] = {"remembers": 1e41}  # from the fifth reset on too large for float32
 TOYS |= {"PayingNaN-v0": {"box": True, "pays": np.nan}, **REFUSED}
