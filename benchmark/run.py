@@ -156,6 +156,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark", help="run folders")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where NAME.json goes")
     args = parser.parse_args()
+    if args.jobs < 1 or not args.experiments.is_file():
+        parser.error("expected --jobs of 1 or more, and a file of --experiments")
     table = tomllib.loads(args.experiments.read_text())
     for name in args.names:
         if name not in table:
