@@ -1,7 +1,8 @@
-"""HardcoreMemory-v0: BipedalWalkerHardcore-v3 for a walker that has a memory.
+r"""HardcoreMemory-v0: BipedalWalkerHardcore-v3 for a walker that has a memory.
 
     python experts/train.py hardcore_memory:HardcoreMemory-v0
-    PYTHONPATH=experts python aggrevated_bipedal.py --env-id hardcore_memory:HardcoreMemory-v0 ...
+    PYTHONPATH=experts python aggrevated_bipedal.py --env-id hardcore_memory:HardcoreMemory-v0 \
+        --expert good --switch 500
 
 An action lasts two steps of the course, whose rewards are added up. An observation holds those
 after the last three actions, (72,) float32, the newest last: a single one does not show the ground

@@ -87,7 +87,7 @@ CONTINUOUS_LANDER = dict(total_steps=500_000, learning_rate="linear 0.00073", ta
 WALKER = dict(total_steps=400_000, learning_rate=5e-4, gamma=0.98, tau=0.01)
 HARDCORE = dict(total_steps=1_700_000, learning_rate=5e-4, batch_size=192, tau=0.01,
                 net_arch=[192, 192], average=0.98, least_reward=-25)
-MEMORY = dict(HARDCORE, total_steps=1_000_000, learning_rate="linear 0.0006", average=0.99,
+MEMORY = dict(HARDCORE, total_steps=2_500_000, learning_rate="linear 0.0006", average=0.99,
               least_reward=-10)
 TASKS = {
     "CartPole-v1": CARTPOLE,
