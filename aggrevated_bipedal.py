@@ -111,7 +111,7 @@ def is_fall(env_id, reward, terminated):
     In Gymnasium's MuJoCo tasks: if it terminates. BipedalWalker also terminates at the end of its
     course: that is treated as a time limit, as if the walk went on."""
     walkers = "BipedalWalker-v3", "BipedalWalkerHardcore-v3", "HardcoreMemory-v0"
-    return reward < -50 if env_id.split(":")[-1] in walkers else terminated
+    return reward < -50 if env_id.split(":")[-1] in walkers else terminated  # a fall: -100
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def roll_in(policy, expert, alpha, args):
         noise = torch.randn(len(policy.low))
         env = gym.make(args.env_id, disable_env_checker=True)  # anew: Box2D keeps state over resets
         observation, _ = begin(env, seed)
-        for step in range(LONGEST):
+        for step in range(env.spec.max_episode_steps or LONGEST):
             seen = torch.tensor(np.array(observation, np.float32, order="C"), device=args.device)
             action = (starter if step < switch else expert).greedy(seen).cpu()
             if step < switch:

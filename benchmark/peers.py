@@ -130,14 +130,13 @@ def main():
     for algorithm in args.algorithms:
         here = [f"{algorithm}_cartpole.py", "--eval-every", EVERY[algorithm]]
         here += ["--eval-episodes", "100"]
-        alike = {"bc": ([], ["--updates", 8_000]), "gail": (["--bc-weight", 0], [])}[algorithm]
-        here += alike[0]
+        here += ["--bc-weight", 0] * (algorithm == "gail")
         comparisons = [
             {
                 "about": {"algorithm": algorithm, "variant": variant},
                 "flags": flags,
                 "here": here,
-                "there": [] if "REINFORCE" in variant else [algorithm, *alike[1]],
+                "there": [] if "REINFORCE" in variant else [algorithm, "--updates", 8_000],
                 "solved": 495,
             }
             for variant, flags in FLAGS[algorithm].items()
